@@ -1,0 +1,234 @@
+"""Every formula of the repository, as pure functions of log-probabilities.
+
+Almost every loss here (NLL, unlikelihood, CUT, the reward model's, later DPO and PPO) is a few lines on top of one
+quantity: logp, the log-probability that the model gives to each token of a response. This file first shows how to get
+logp from hidden states without ever holding the (tokens, vocabulary) matrix of logits, then the formulas.
+
+Shapes: N response tokens, R branches (forward passes over the same tokens), D width, V vocabulary. Losses are in nats.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100      # the target of positions that no loss looks at (prompt and padding)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The fused head: hidden states x head weight -> log-sum-exp and gather, one tile of tokens at a time
+
+
+def plain_logp(logits, targets):
+    """Per-token log-probability from full logits: the definition, and what the fused forms below are tested against.
+
+    logits (..., V), targets (...) -> logp (...). log_softmax rather than log(softmax): the latter gives log(0) = -inf.
+    """
+    return torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _full_precision(x):
+    """Half-precision tensors in fp32, others as they are. bf16 logits between 16 and 32 are 0.125 apart, but CUT's
+    ratio test has to resolve ln(1.1) = 0.095."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _tile_softmax(hidden, weight, targets):
+    """One tile: hidden (R, n, D), weight (V, D), targets (n,) -> softmax (R, n, V) and logp (R, n)."""
+    logits = hidden @ weight.T                                             # (R, n, V), the only large tensor there is
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)                    # (R, n, 1)
+    index = targets.expand(logits.shape[:2]).unsqueeze(-1)                 # (R, n, 1)
+    logp = (logits.gather(-1, index) - lse).squeeze(-1)                    # (R, n)
+    return logits.sub_(lse).exp_(), logp
+
+
+def _tile_backward(softmax, targets, grad_logp, hidden, weight, grad_weight):
+    """Gradient of sum(grad_logp * logp) for one tile. softmax is overwritten by d/dlogits = grad_logp * (1[target] - p).
+
+    Returns d/dhidden (R, n, D); adds d/dweight into grad_weight (V, D), unless that is None (a frozen head).
+    """
+    grad_logits = softmax.mul_(-grad_logp.unsqueeze(-1))
+    index = targets.expand(grad_logp.shape).unsqueeze(-1)
+    grad_logits.scatter_add_(-1, index, grad_logp.unsqueeze(-1))
+    if grad_weight is not None:
+        grad_weight.addmm_(grad_logits.flatten(0, 1).T, hidden.flatten(0, 1))
+    return grad_logits @ weight
+
+
+class _FusedLogp(torch.autograd.Function):
+    """logp with a gradient, for losses in which tokens interact (a sequence's sum in DPO): backward computes the tiles
+    a second time, because the derivative of the loss is known only then."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, tile):
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = _full_precision(weight)
+            parts = [_tile_softmax(_full_precision(hidden[:, i:i + tile]), w, targets[i:i + tile])[1]
+                     for i in range(0, len(targets), tile)]
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.tile = tile
+        return torch.cat(parts, dim=1) if parts else _full_precision(hidden.new_zeros(hidden.shape[:2]))
+
+    @staticmethod
+    def backward(ctx, grad_logp):
+        hidden, weight, targets = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = _full_precision(weight)
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+            for i in range(0, len(targets), ctx.tile):
+                h, t = _full_precision(hidden[:, i:i + ctx.tile]), targets[i:i + ctx.tile]
+                softmax, _ = _tile_softmax(h, w, t)
+                grad_hidden[:, i:i + ctx.tile] = _tile_backward(softmax, t, grad_logp[:, i:i + ctx.tile], h, w,
+                                                                grad_weight)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+class _FusedLoss(torch.autograd.Function):
+    """A loss that is a sum over tokens of a function of their own logp: its gradient is formed in the forward pass,
+    while the tile is at hand, so that each tile is computed once (3 matrix products in place of _FusedLogp's 4)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, token_loss, tile):
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = _full_precision(weight)
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+            loss, parts = w.new_zeros(()), []
+            for i in range(0, len(targets), tile):
+                s = slice(i, min(i + tile, len(targets)))
+                h, t = _full_precision(hidden[:, s]), targets[s]
+                softmax, logp = _tile_softmax(h, w, t)
+                with torch.enable_grad():                    # autograd sees R x n numbers, never the logits
+                    logp.requires_grad_(True)
+                    value = token_loss(logp, s).sum()
+                    grad_logp, = torch.autograd.grad(value, logp)
+                loss += value.detach()
+                parts.append(logp.detach())
+                grad_hidden[:, s] = _tile_backward(softmax, t, grad_logp, h, w, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        logp = torch.cat(parts, dim=1) if parts else w.new_zeros(hidden.shape[:2])
+        ctx.mark_non_differentiable(logp)
+        return loss, logp
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return (grad_hidden * grad_loss).to(grad_hidden.dtype), grad_weight, None, None, None
+
+
+def fused_logp(hidden, weight, targets, tile=256):
+    """Per-token log-probability without full logits: hidden (N, D), weight (V, D), targets (N,) -> logp (N,)."""
+    return _FusedLogp.apply(hidden.unsqueeze(0), weight, targets, tile).squeeze(0)
+
+
+def fused_loss(hidden, weight, targets, token_loss, tile=256):
+    """sum over tokens of token_loss(logp), with its gradient formed tile by tile in the forward pass.
+
+    hidden (R, N, D): R passes over the same N tokens, side by side (CUT: with and without the judgment; else R = 1).
+    weight (V, D); targets (N,); token_loss(logp (R, n), s) -> (n,), where the slice s says which n of the N tokens
+    they are, so that it can look up weights or flags of its own.
+    Returns the scalar loss and logp (R, N) for logging, without gradient. The loss may be back-propagated once.
+    """
+    return _FusedLoss.apply(hidden, weight, targets, token_loss, tile)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUT (arXiv 2312.14591)
+
+
+def log1mexp(x):
+    """log(1 - exp(x)) for x <= 0, to full relative precision at both ends: near 0 through expm1, far below through
+    log1p. x is held below -1e-6 (p = 0.999999), where the value would run to -inf and its gradient to 0 * inf."""
+    x = x.clamp(max=-1e-6)
+    near = x > -math.log(2)
+    # Both branches of a `where` are differentiated, so each gets an argument at which its derivative is finite.
+    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+                       torch.log1p(-torch.exp(torch.where(near, -1.0, x))))
+
+
+def detect(logp_judged, logp_plain, lam):
+    """CUT's detector (Eq. 5): a token is inappropriate when p(y|x, j-) - lam * p(y|x) > 0, strictly.
+
+    Both (N,) -> bool (N,). In log space: the judgment made the token more than lam times as likely. 0/0 is not flagged
+    (NaN compares false), p/0 is. No gradient flows through the choice."""
+    return (logp_judged - logp_plain).detach() > math.log(lam)
+
+
+def unlikelihood(logp):
+    """-log(1 - p), the unlikelihood loss of each token: logp (...) -> (...)."""
+    return -log1mexp(logp)
+
+
+def cut_l1(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
+    """CUT's first term (Eq. 6) for each token of a bad response, under the plain prompt:
+    -log p(y|x) where not flagged, and -alpha * p(y|x, j-)^gamma * log(1 - p(y|x)) where flagged.
+
+    All (N,) -> (N,). gamma 0 is the released code's weight. The weight p^gamma is a number, not a path for gradients:
+    through it, L1 would push p(y|x, j-) down against L2."""
+    weight = alpha * torch.exp(gamma * logp_judged.detach()) if gamma else alpha
+    # The inner `where` keeps unflagged tokens with p = 1 out of log(1 - p); the outer one picks.
+    return torch.where(flagged, weight * unlikelihood(torch.where(flagged, logp_plain, -1.0)), -logp_plain)
+
+
+def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
+    """L1 + L2 for each token of a bad response (Eq. 7), where L2 = -log p(y|x, j-). All (N,) -> (N,)."""
+    return cut_l1(logp_judged, logp_plain, flagged, alpha, gamma) - logp_judged
+
+
+def per_example_mean(values, lengths):
+    """values (N,) of consecutive responses with `lengths` (B,) tokens each -> their means (B,)."""
+    example = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)    # (N,)
+    return values.new_zeros(len(lengths)).index_add(0, example, values) / lengths
+
+
+def cut_loss(logp_judged, logp_plain, lengths, logp_positive=None, positive_lengths=None, *,
+             lam=1.1, alpha=1.0, gamma=0.0, form="paper"):
+    """The CUT loss of a batch: bad responses in two passes, good ones (Align-P) in one.
+
+    logp_judged, logp_plain (N,): the bad responses' tokens, EOS included, with prompt (x, j-) and with x alone.
+    lengths (B,): how many of the N tokens each bad response has. logp_positive (P,), positive_lengths: the good ones.
+
+    form "paper": L1 + L2 as means over each response's own tokens, then the mean over all examples (Eq. 5 to 7).
+    form "released": the value of the published code (its gamma is 0): cross-entropy pooled over the tokens of Align-P
+    and Align-N, plus L1 pooled over the tokens of the bad responses, halved if there is any. With one example a
+    micro-batch this makes a good response weigh twice as much against a bad one as in the paper.
+    """
+    flagged = detect(logp_judged, logp_plain, lam)
+    none = logp_judged.new_zeros(0)
+    logp_positive = none if logp_positive is None else logp_positive
+    l1 = cut_l1(logp_judged, logp_plain, flagged, alpha, gamma)
+    if form == "released":
+        if gamma:
+            raise ValueError(f"the released form has no gamma, got {gamma}: use gamma=0 or form='paper'")
+        cross_entropy = -torch.cat([logp_positive, logp_judged]).mean()
+        return (cross_entropy + l1.mean()) / 2 if len(logp_judged) else cross_entropy
+    if form != "paper":
+        raise ValueError(f"form is {form!r}: use 'paper' or 'released'")
+    if len(logp_positive) and positive_lengths is None:
+        raise ValueError("logp_positive needs positive_lengths, the number of tokens of each good response")
+    examples = per_example_mean(l1 - logp_judged, lengths)
+    if len(logp_positive):
+        examples = torch.cat([examples, per_example_mean(-logp_positive, positive_lengths)])
+    return examples.mean()
+
+
+def detection_sums(logp_judged, logp_plain, flagged):
+    """What a CUT step logs, as sums that ranks can add: (5,) = tokens, flagged tokens, log-ratio over all tokens,
+    unlikelihood over the flagged and NLL over the unflagged tokens (unweighted, under the plain prompt)."""
+    zero = torch.zeros_like(logp_plain)
+    return torch.stack([torch.ones_like(logp_plain).sum(), flagged.sum().to(logp_plain.dtype),
+                        (logp_judged - logp_plain).sum(),
+                        torch.where(flagged, unlikelihood(logp_plain), zero).sum(),
+                        torch.where(flagged, zero, -logp_plain).sum()]).detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reward model (AlpacaFarm section 4.4)
+
+
+def reward_loss(reward_chosen, reward_rejected):
+    """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over pairs. Both (B,) -> scalar."""
+    return F.softplus(reward_rejected - reward_chosen).mean()

@@ -1,0 +1,668 @@
+"""A LLaMA in one file: the network, sampling with a key-value cache, checkpoints, devices and processes.
+
+Top to bottom: Config; RMSNorm, rotary positions, attention, MLP, block; LLaMA and the reward model on top of it;
+generate; reading and writing checkpoints in Hugging Face layout; devices, processes, optimizer, resuming.
+
+Shapes, used in every comment of the repository:
+  B batch, T tokens, D width, H query heads, Hkv key/value heads, hd head dimension, V vocabulary, S cache length.
+
+Modules carry the names of Hugging Face's LLaMA, so a state_dict *is* the published layout and no table of names is
+needed: model.layers.0.self_attn.q_proj.weight and so on.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from losses import IGNORE, fused_logp, fused_loss
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@dataclasses.dataclass
+class Config:
+    """The shape of a LLaMA. Defaults are the built-in world's small model; comments give LLaMA-2 7B."""
+    vocab_size: int = 1024          # 32000
+    hidden_size: int = 96           # 4096, D
+    intermediate_size: int = 256    # 11008
+    num_hidden_layers: int = 3      # 32
+    num_attention_heads: int = 3    # 32, H
+    num_key_value_heads: int = 3    # 32, Hkv; fewer than H is grouped-query attention
+    head_dim: int = 32              # 128, hd; H * hd need not equal D
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6      # 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of numbers")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 at least."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_tables(positions, head_dim, theta, dtype):
+    """cos and sin of the rotation angles: positions (..., T) -> two (..., 1, T, hd), broadcast over heads.
+
+    Pair j of a head turns by position * theta^(-2j/hd); pairs are (j, j + hd/2), Hugging Face's order of numbers.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.unsqueeze(-1).float() * frequency                    # (..., T, hd/2)
+    angle = torch.cat([angle, angle], dim=-1).unsqueeze(-3)                # (..., 1, T, hd)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Applies the rotation to x (B, H, T, hd)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.Hkv, self.hd = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.hd, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.Hkv * self.hd, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.Hkv * self.hd, bias=False)
+        self.o_proj = nn.Linear(self.H * self.hd, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.H, self.hd).transpose(1, 2)      # (B, H, T, hd)
+        k = self.k_proj(x).view(B, T, self.Hkv, self.hd).transpose(1, 2)    # (B, Hkv, T, hd)
+        v = self.v_proj(x).view(B, T, self.Hkv, self.hd).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(layer, k, v)                          # (B, Hkv, S, hd), mask (B, 1, T, S)
+        # Training needs no padding mask: batches are padded on the right, where causality hides the padding.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.H != self.Hkv)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.hd))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Token ids (B, T) -> final hidden states (B, T, D), after the last norm."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, tokens, cache=None):
+        x = self.embed_tokens(tokens)                                       # (B, T, D)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache, i)
+        return self.norm(x)
+
+
+def init_weights(module, config):
+    """Normal(0, initializer_range) everywhere; the two projections that write into the residual stream get
+    1 / sqrt(2 * layers) of it, so that the stream's variance does not grow with depth. Chosen by attribute, because
+    a match on name endings reaches the wrong matrices as soon as one is renamed."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(m.weight, std=config.initializer_range)
+    for block in (m for m in module.modules() if isinstance(m, Block)):
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            nn.init.normal_(linear.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+
+
+class LLaMA(nn.Module):
+    """The language model. model(tokens) -> logits (B, T, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.lm_head.weight.device.type != "meta":
+            init_weights(self, config)
+
+    def forward(self, tokens, targets=None, token_loss=None, branches=1):
+        """tokens (B, T) -> logits (B, T, V); with targets the head is fused with what is wanted of it.
+
+        targets (B, T): the token that follows tokens[b, t], or IGNORE. Call N the number of the others, in row order.
+        - targets alone: their log-probabilities (N,), with gradient.
+        - and token_loss: losses.fused_loss of it, as (scalar loss, logp (branches, N / branches)). With branches = 2
+          the upper and lower half of the rows must have the same targets in the same order.
+        All of it happens inside forward, so that DistributedDataParallel sees one call of one module.
+        """
+        hidden = self.model(tokens)                                         # (B, T, D)
+        if targets is None:
+            return self.lm_head(hidden)
+        keep = targets != IGNORE                                            # (B, T)
+        h, t = hidden[keep], targets[keep]                                  # (N, D), (N,)
+        if token_loss is None:
+            return fused_logp(h, self.lm_head.weight, t)
+        h, t = h.view(branches, -1, h.shape[-1]), t.view(branches, -1)      # (R, N / R, D), (R, N / R)
+        return fused_loss(h, self.lm_head.weight, t[0], token_loss)
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        """Opens a Hugging Face LLaMA directory. Raises ValueError, naming the file, for anything else."""
+        config, _ = read_config(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        state = read_weights(directory)
+        if config.tie_word_embeddings:
+            state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
+        return fill(model, state, directory, dtype, device)
+
+    def save_pretrained(self, directory, tokenizer=None, shard_bytes=5 * 2**30, extra=None):
+        """Writes config.json, model.safetensors (or shards and their index) and, if given, the tokenizer."""
+        state = self.state_dict()
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        save_checkpoint_dir(directory, self.config, state, "LlamaForCausalLM", tokenizer, shard_bytes, extra)
+
+
+class RewardModel(nn.Module):
+    """A LLaMA backbone with a scalar head, read at the last real token (AlpacaFarm section 4.4). Its files are
+    Hugging Face's LlamaForSequenceClassification with one label. The head has no bias: in a difference it cancels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        if self.score.weight.device.type != "meta":
+            init_weights(self, config)
+
+    @classmethod
+    def from_policy(cls, policy):
+        """A reward model that starts from a policy's backbone (copied) and a fresh small head."""
+        reward = cls(policy.config).to(next(policy.parameters()).dtype)
+        reward.model.load_state_dict(policy.model.state_dict())
+        return reward
+
+    def forward(self, tokens, lengths):
+        """tokens (B, T) padded on the right, lengths (B,) without padding -> rewards (B,)."""
+        hidden = self.model(tokens)                                         # (B, T, D)
+        last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]     # (B, D)
+        return self.score(last).squeeze(-1).float()
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        config, _ = read_config(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        return fill(model, read_weights(directory), directory, dtype, device)
+
+    def save_pretrained(self, directory, tokenizer=None, shard_bytes=5 * 2**30):
+        save_checkpoint_dir(directory, self.config, self.state_dict(), "LlamaForSequenceClassification", tokenizer,
+                            shard_bytes, {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+class KVCache:
+    """Keys and values of every layer, rows of unequal length. Row b holds real tokens at 0 .. lengths[b] - 1; what lies
+    beyond is padding that the mask hides and that the next tokens overwrite, so there is no padding side to get wrong.
+    """
+
+    def __init__(self, config, rows, size, device, dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.end = 0                                    # the longest row, counted here to spare a device sync a step
+        self.positions = None
+
+    def begin(self, count):
+        """Announces `count` new tokens a row; their positions (B, T) follow each row's own length."""
+        self.positions = self.lengths.unsqueeze(1) + torch.arange(count, device=self.lengths.device)
+        self.end += count
+        # Key s is visible to a token at position p if s <= p: causality within the new tokens, and no padding. (B,1,T,S)
+        self.mask = (torch.arange(self.end, device=self.lengths.device) <= self.positions.unsqueeze(-1)).unsqueeze(1)
+
+    def update(self, layer, k, v):
+        """Stores k, v (B, Hkv, T, hd) at the announced positions; returns all keys and values so far, and the mask."""
+        rows = torch.arange(len(k), device=k.device).unsqueeze(1)           # (B, 1), broadcast against positions (B, T)
+        self.k[layer][rows, :, self.positions] = k.transpose(1, 2)          # (B, T, Hkv, hd)
+        self.v[layer][rows, :, self.positions] = v.transpose(1, 2)
+        return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end], self.mask
+
+    def select(self, rows):
+        """Keeps the given rows (an index may repeat, which is how n samples share one prefill)."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
+    """Draws one token a row by inverse CDF: logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
+
+    The draw is a function of (logits, one number), so a row's sample cannot depend on its neighbours. Truncation as
+    usual: the top_k likeliest tokens, and of those the smallest set whose mass reaches top_p (always one at least).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # in fp32 the CDF's tail is rounding noise
+    p, order = torch.softmax(logits.to(wide) / temperature, dim=-1), None   # (B, V)
+    if top_k or top_p < 1:
+        p, order = p.sort(dim=-1, descending=True)
+        if top_k:
+            p[:, top_k:] = 0
+        p = p * (p.cumsum(dim=-1) - p < top_p * p.sum(dim=-1, keepdim=True))
+    cdf = p.cumsum(dim=-1)                                                  # (B, V), last column the mass that is left
+    pick = torch.searchsorted(cdf, uniform.unsqueeze(1).to(wide) * cdf[:, -1:], right=True)     # first with cdf > u
+    pick = pick.clamp(max=p.shape[-1] - 1)
+    return (pick if order is None else order.gather(1, pick)).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k=0, top_p=1.0, seed=0, rows=None,
+             batch_size=512, progress=None):
+    """Samples n continuations of every prompt: lists of ids -> for each prompt, a list of n lists of new ids.
+
+    A continuation ends with eos, or after max_new_tokens without it. Randomness is one uniform number for each
+    (seed, row, position), row = n * rows[i] + sample, where rows (default 0, 1, 2, ...) numbers the prompts: give each
+    rank's prompts their global numbers and the samples do not depend on how many ranks there are, on the batch size or
+    on the other prompts. progress, if given, is called with the number of continuations just finished.
+    """
+    rows = range(len(prompts)) if rows is None else rows
+    if empty := [i for i, p in zip(rows, prompts) if not p]:
+        raise ValueError(f"prompt {empty[0]} is empty: a prompt has at least its BOS token")
+    samples = [[None] * n for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths share a prefill
+    per_batch = max(1, batch_size // n)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(by_length), per_batch):
+        batch = by_length[start:start + per_batch]
+        uniform = np.stack([np.random.default_rng([seed, n * rows[i] + j]).random(max_new_tokens)
+                            for i in batch for j in range(n)])              # (B * n, max_new_tokens)
+        done = _generate_batch(model, [prompts[i] for i in batch], max_new_tokens, eos, n, temperature, top_k, top_p,
+                               uniform, progress)
+        for k, ids in enumerate(done):
+            samples[batch[k // n]][k % n] = ids
+    model.train(was_training)
+    return samples
+
+
+def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, top_p, uniform, progress):
+    weight = model.lm_head.weight
+    device = weight.device
+    lengths = torch.tensor([len(p) for p in prompts])
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for i, p in enumerate(prompts):
+        tokens[i, :len(p)] = torch.tensor(p)
+    cache = KVCache(model.config, len(prompts), tokens.shape[1] + max_new_tokens, device, weight.dtype)
+
+    # Prefill: all prompts at once, padded on the right; the last real position of each row predicts its first token.
+    cache.begin(tokens.shape[1])
+    hidden = model.model(tokens.to(device), cache)                          # (B, T, D)
+    cache.lengths = lengths.to(device)
+    hidden = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]       # (B, D)
+    fan = torch.arange(len(prompts), device=device).repeat_interleave(n)    # each prompt's row, n times
+    cache.select(fan)
+    hidden = hidden[fan]                                                    # (B * n, D)
+
+    uniform = torch.from_numpy(uniform).to(device, torch.float32 if device.type == "mps" else torch.float64)
+    out = torch.full((len(fan), max_new_tokens), eos, device=device)        # (B * n, max_new_tokens)
+    alive = torch.arange(len(fan), device=device)                           # the rows still in the batch
+    finished = torch.zeros(len(fan), dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        next_token = choose(hidden @ weight.T, uniform[alive, t], temperature, top_k, top_p)    # (rows,)
+        out[alive, t] = torch.where(finished, eos, next_token)
+        finished = finished | (next_token == eos)
+        if t + 1 == max_new_tokens:
+            break
+        # Finished rows leave the batch, but not at every step: moving the cache costs about as much as decoding an
+        # eighth of it.
+        ended = int(finished.sum())
+        if ended == len(finished):
+            break
+        if ended * 8 >= len(finished):
+            stay = (~finished).nonzero().squeeze(1)
+            alive, next_token, finished = alive[stay], next_token[stay], finished[stay]
+            cache.select(stay)
+            if progress:
+                progress(ended)
+        cache.begin(1)
+        hidden = model.model(next_token.unsqueeze(1), cache)[:, -1]         # (rows, D)
+        cache.lengths = cache.lengths + 1
+    if progress:
+        progress(len(finished))
+    out = out.tolist()
+    return [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in out]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints in Hugging Face layout
+
+
+def read_config(directory):
+    """config.json -> (Config, the raw dict). Absent keys take the documented LLaMA default and are printed; a value
+    that this network does not implement raises ValueError, because ignoring it would load a different function."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no config.json: not a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+    def refuse(key, value, expected):
+        raise ValueError(f"{path}: {key} is {value!r}; this LLaMA implements {expected}")
+
+    if raw.get("model_type") != "llama":
+        refuse("model_type", raw.get("model_type"), "'llama' only")
+    rope = dict(raw.get("rope_parameters") or {})           # transformers 5 nests them; older files have rope_theta
+    scaling = raw.get("rope_scaling") or {}                 # and rope_scaling at the top
+    for key, found in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default":
+            refuse(f"{key}.rope_type", kind, "unscaled rotary positions ('default')")
+        if found.get("partial_rotary_factor", 1.0) != 1.0:
+            refuse(f"{key}.partial_rotary_factor", found["partial_rotary_factor"], "1.0")
+    for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if raw.get(key, expected) != expected:
+            refuse(key, raw[key], repr(expected))
+
+    missing = []
+
+    def get(key, default, source=raw):
+        if source.get(key) is None:
+            missing.append(f"{key} = {default}")
+            return default
+        return source[key]
+
+    try:
+        D, H = raw["hidden_size"], raw["num_attention_heads"]
+        config = Config(vocab_size=raw["vocab_size"], hidden_size=D, intermediate_size=raw["intermediate_size"],
+                        num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=H,
+                        num_key_value_heads=get("num_key_value_heads", H), head_dim=get("head_dim", D // H),
+                        max_position_embeddings=get("max_position_embeddings", 2048),
+                        rope_theta=float(get("rope_theta", 10000.0, rope if "rope_theta" in rope else raw)),
+                        rms_norm_eps=get("rms_norm_eps", 1e-6), initializer_range=get("initializer_range", 0.02),
+                        tie_word_embeddings=get("tie_word_embeddings", False))
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if missing:
+        print0(f"{path}: absent, so the LLaMA defaults hold: {', '.join(missing)}")
+    return config, raw
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A safetensors file: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the raw
+    little-endian numbers. Returns {name: tensor}; the tensors are views of the mapped file, so nothing is read yet."""
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)             # private pages: a write copies, on demand
+    size = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:8 + size])
+    except ValueError:
+        raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(SAFETENSORS_DTYPES)}")
+        dtype, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
+        if 8 + size + end > len(data):
+            raise ValueError(f"{path}: {name} ends at byte {8 + size + end} of {len(data)}: the file is cut short")
+        count = (end - begin) // dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + begin) if count else torch.zeros(0)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Writes {name: tensor} as safetensors, to a temporary name first: the file is there whole or not at all."""
+    kinds = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                         # numbers start at a multiple of 8
+    with replacing(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path` that takes its name at the end, if all went well: a reader, or a run that
+    resumes after a crash, finds the old file or the new one and never half of one."""
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(directory):
+    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index.
+    Pickled files are read with weights_only=True, which refuses code."""
+    d = Path(directory)
+    for name, read in (("model.safetensors", read_safetensors),
+                       ("pytorch_model.bin", lambda p: torch.load(p, map_location="cpu", weights_only=True, mmap=True))):
+        index = d / f"{name}.index.json"
+        if (d / name).is_file():
+            return read(d / name)
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            state = {}
+            for shard in sorted(set(weight_map.values())):
+                if not (d / shard).is_file():
+                    raise ValueError(f"{index}: names {shard}, which is not there: download it again")
+                state.update(read(d / shard))
+            if absent := sorted(set(weight_map) - set(state)):
+                raise ValueError(f"{index}: {absent[0]} is in none of the shards")
+            return state
+    raise ValueError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
+
+
+def fill(model, state, directory, dtype, device):
+    """Gives a model made on the meta device its weights, each cast and moved by itself, so that there is never a second
+    copy of the whole. Names and shapes must agree exactly."""
+    state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}      # a buffer of old files
+    wanted = model.state_dict()
+    if absent := sorted(set(wanted) - set(state)):
+        raise ValueError(f"{directory}: lacks {len(absent)} of {len(wanted)} weights, {absent[0]} for one")
+    if unknown := sorted(set(state) - set(wanted)):
+        raise ValueError(f"{directory}: {unknown[0]} is no weight of this model")
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{directory}: {name} has shape {list(state[name].shape)}, config.json says "
+                             f"{list(tensor.shape)}")
+    model.load_state_dict({name: state[name].to(device, dtype) for name in wanted}, assign=True)
+    if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+        model.lm_head.weight = model.model.embed_tokens.weight              # assignment has parted the two
+    return model.requires_grad_(True)
+
+
+def save_checkpoint_dir(directory, config, state, architecture, tokenizer=None, shard_bytes=5 * 2**30, extra=None):
+    """Writes what LLaMA.from_pretrained, transformers and vLLM open."""
+    d = Path(directory)
+    d.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    raw = {"architectures": [architecture], "model_type": "llama", **dataclasses.asdict(config), "hidden_act": "silu",
+           "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+           "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"}, "torch_dtype": dtype}
+    if tokenizer is not None:
+        raw.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=None)
+        tokenizer.save(d)
+    shards, size = [{}], 0
+    for name, tensor in state.items():
+        size += tensor.numel() * tensor.element_size()
+        if shards[-1] and size > shard_bytes:
+            shards, size = shards + [{}], tensor.numel() * tensor.element_size()
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(d / "model.safetensors", state)
+    else:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for name, shard in zip(names, shards):
+            write_safetensors(d / name, shard)
+        total = sum(t.numel() * t.element_size() for t in state.values())
+        write_json(d / "model.safetensors.index.json", {"metadata": {"total_size": total},
+                   "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})
+    write_json(d / "config.json", {**raw, **(extra or {})})                 # last: its presence says the rest is there
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices, processes, optimizer, resuming
+
+
+def setup_distributed(device=""):
+    """(rank, world, device) from torchrun's environment; a plain `python` is rank 0 of 1. device "" picks CUDA, then
+    Apple MPS, then CPU. Every rank must reach every collective: no `if rank == 0` around anything that syncs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not device:
+        mps = torch.backends.mps.is_available() and world == 1             # MPS has no collectives
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.set_float32_matmul_precision("high")                          # TF32 for fp32 products: 10 bits of mantissa
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def print0(*args):
+    """print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def all_sum(values, device):
+    """Sums a list of numbers over all ranks, in float64 where the device has it."""
+    t = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t.tolist()
+
+
+def gather_lists(items):
+    """Concatenates every rank's list, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return list(items)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, list(items))
+    return [x for part in parts for x in part]
+
+
+def lr_at(step, peak, warmup, steps, floor=0.05):
+    """Linear warm-up over `warmup` steps (the first step already has peak / warmup, not 0), then cosine down to
+    floor * peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999)):
+    """AdamW over all trainable parameters; decay, if any, on matrices only (norm weights are scales, not directions).
+    The learning rate is set before every step by the training loop."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=params[0].device.type != "mps")
+
+
+def save_resume(path, model, optimizer, state, rank):
+    """One file with all that a run needs to go on: weights, optimizer, and `state` (plain numbers: step, seed, ...).
+    Every random choice in the repository derives from (seed, step), so no generator state has to be kept."""
+    if rank == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, temporary)
+
+
+def load_resume(path, model, optimizer):
+    """Undoes save_resume; returns its `state`."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["state"]
+
+
+def peak_memory(device):
+    """Peak bytes of this process: the device's where it has its own count, else the resident set's high-water mark."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                                     # Windows has no such count
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024          # macOS counts bytes, Linux kibibytes
