@@ -35,10 +35,10 @@ def _full_precision(x):
 def _tile_softmax(hidden, weight, targets):
     """One tile: hidden (R, n, D), weight (V, D), targets (n,) -> softmax (R, n, V) and logp (R, n)."""
     logits = hidden @ weight.T                                             # (R, n, V), the only large tensor there is
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)                    # (R, n, 1)
-    index = targets.expand(logits.shape[:2]).unsqueeze(-1)                 # (R, n, 1)
-    logp = (logits.gather(-1, index) - lse).squeeze(-1)                    # (R, n)
-    return logits.sub_(lse).exp_(), logp
+    logits -= logits.amax(dim=-1, keepdim=True)      # first, or a confident token's logp drowns in large equal numbers
+    target = logits.gather(-1, targets.expand(logits.shape[:2]).unsqueeze(-1))      # (R, n, 1)
+    total = logits.exp_().sum(dim=-1, keepdim=True)                        # (R, n, 1)
+    return logits.div_(total), (target - total.log()).squeeze(-1)
 
 
 def _tile_backward(softmax, targets, grad_logp, hidden, weight, grad_weight):
@@ -135,6 +135,11 @@ def fused_loss(hidden, weight, targets, token_loss, tile=256):
     return _FusedLoss.apply(hidden, weight, targets, token_loss, tile)
 
 
+def nll_token_loss(logp, _):
+    """Negative log-likelihood, for fused_loss: logp (1, n) -> (n,)."""
+    return -logp[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # CUT (arXiv 2312.14591)
 
@@ -169,8 +174,7 @@ def cut_l1(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
     All (N,) -> (N,). gamma 0 is the released code's weight. The weight p^gamma is a number, not a path for gradients:
     through it, L1 would push p(y|x, j-) down against L2."""
     weight = alpha * torch.exp(gamma * logp_judged.detach()) if gamma else alpha
-    # The inner `where` keeps unflagged tokens with p = 1 out of log(1 - p); the outer one picks.
-    return torch.where(flagged, weight * unlikelihood(torch.where(flagged, logp_plain, -1.0)), -logp_plain)
+    return torch.where(flagged, weight * unlikelihood(logp_plain), -logp_plain)
 
 
 def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):

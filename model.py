@@ -15,6 +15,10 @@ import json
 import math
 import mmap
 import os
+import pickle
+import signal
+import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -179,24 +183,29 @@ class LLaMA(nn.Module):
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, config)
 
-    def forward(self, tokens, targets=None, token_loss=None, branches=1):
+    def forward(self, tokens, targets=None, token_loss=None):
         """tokens (B, T) -> logits (B, T, V); with targets the head is fused with what is wanted of it.
 
         targets (B, T): the token that follows tokens[b, t], or IGNORE. Call N the number of the others, in row order.
         - targets alone: their log-probabilities (N,), with gradient.
-        - and token_loss: losses.fused_loss of it, as (scalar loss, logp (branches, N / branches)). With branches = 2
-          the upper and lower half of the rows must have the same targets in the same order.
+        - and token_loss: losses.fused_loss of it, as (scalar loss, logp (1, N)).
+        Both may be lists of R such tensors, passes over the same responses after different prompts (of different
+        lengths, so T differs): then token_loss sees the R log-probabilities of a token side by side, logp (R, N).
         All of it happens inside forward, so that DistributedDataParallel sees one call of one module.
         """
-        hidden = self.model(tokens)                                         # (B, T, D)
         if targets is None:
-            return self.lm_head(hidden)
-        keep = targets != IGNORE                                            # (B, T)
-        h, t = hidden[keep], targets[keep]                                  # (N, D), (N,)
+            return self.lm_head(self.model(tokens))
+        if isinstance(tokens, torch.Tensor):
+            tokens, targets = [tokens], [targets]
+        wanted = [y[y != IGNORE] for y in targets]                          # R times (N,)
+        if any(not torch.equal(wanted[0], w) for w in wanted):
+            raise ValueError("the passes have different response tokens: they must be the same, in the same order")
+        target = wanted[0]
+        hidden = torch.stack([self.model(x)[y != IGNORE] for x, y in zip(tokens, targets)])     # (R, N, D)
         if token_loss is None:
-            return fused_logp(h, self.lm_head.weight, t)
-        h, t = h.view(branches, -1, h.shape[-1]), t.view(branches, -1)      # (R, N / R, D), (R, N / R)
-        return fused_loss(h, self.lm_head.weight, t[0], token_loss)
+            logp = [fused_logp(h, self.lm_head.weight, target) for h in hidden]
+            return torch.stack(logp) if len(logp) > 1 else logp[0]
+        return fused_loss(hidden, self.lm_head.weight, target, token_loss)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
@@ -303,10 +312,11 @@ def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
         p, order = p.sort(dim=-1, descending=True)
         if top_k:
             p[:, top_k:] = 0
-        p = p * (p.cumsum(dim=-1) - p < top_p * p.sum(dim=-1, keepdim=True))
+        before = p.cumsum(dim=-1) - p                                       # mass of the likelier tokens
+        p = p * ((before < top_p * p.sum(dim=-1, keepdim=True)) | (before == 0))
     cdf = p.cumsum(dim=-1)                                                  # (B, V), last column the mass that is left
     pick = torch.searchsorted(cdf, uniform.unsqueeze(1).to(wide) * cdf[:, -1:], right=True)     # first with cdf > u
-    pick = pick.clamp(max=p.shape[-1] - 1)
+    pick = torch.minimum(pick, p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(dim=-1, keepdim=True))   # last with p > 0
     return (pick if order is None else order.gather(1, pick)).squeeze(1)
 
 
@@ -406,6 +416,8 @@ def read_config(directory):
     def refuse(key, value, expected):
         raise ValueError(f"{path}: {key} is {value!r}; this LLaMA implements {expected}")
 
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a JSON {type(raw).__name__}, expected an object")
     if raw.get("model_type") != "llama":
         refuse("model_type", raw.get("model_type"), "'llama' only")
     rope = dict(raw.get("rope_parameters") or {})           # transformers 5 nests them; older files have rope_theta
@@ -453,13 +465,15 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 def read_safetensors(path):
     """A safetensors file: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the raw
     little-endian numbers. Returns {name: tensor}; the tensors are views of the mapped file, so nothing is read yet."""
+    if os.path.getsize(path) < 8:
+        raise ValueError(f"{path}: {os.path.getsize(path)} bytes are no safetensors file: download it again")
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)             # private pages: a write copies, on demand
     size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8:8 + size])
+        header = dict(json.loads(data[8:8 + size]))
     except ValueError:
-        raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
+        raise ValueError(f"{path}: not a safetensors file (its header is not a JSON object)") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -506,8 +520,7 @@ def read_weights(directory):
     """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index.
     Pickled files are read with weights_only=True, which refuses code."""
     d = Path(directory)
-    for name, read in (("model.safetensors", read_safetensors),
-                       ("pytorch_model.bin", lambda p: torch.load(p, map_location="cpu", weights_only=True, mmap=True))):
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = d / f"{name}.index.json"
         if (d / name).is_file():
             return read(d / name)
@@ -522,6 +535,14 @@ def read_weights(directory):
                 raise ValueError(f"{index}: {absent[0]} is in none of the shards")
             return state
     raise ValueError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
+
+
+def read_bin(path):
+    """A pickled state_dict. weights_only refuses code; files in PyTorch's older format cannot be memory-mapped."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from None
 
 
 def fill(model, state, directory, dtype, device):
@@ -560,12 +581,14 @@ def save_checkpoint_dir(directory, config, state, architecture, tokenizer=None, 
         if shards[-1] and size > shard_bytes:
             shards, size = shards + [{}], tensor.numel() * tensor.element_size()
         shards[-1][name] = tensor
-    if len(shards) == 1:
-        write_safetensors(d / "model.safetensors", state)
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards):
-            write_safetensors(d / name, shard)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        write_safetensors(d / name, shard)
+    for old in d.glob("model*.safetensors*"):           # an older save in another layout would be found first
+        if old.name not in names:
+            old.unlink()
+    if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in state.values())
         write_json(d / "model.safetensors.index.json", {"metadata": {"total_size": total},
                    "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}})
@@ -654,6 +677,35 @@ def load_resume(path, model, optimizer):
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop answers after its step, by saving and leaving. A
+    second one ends the program at once."""
+
+    def __init__(self):
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        self.requested = True
+        print0("\nstopping after this step; once more to stop at once")
+        signal.signal(number, signal.SIG_DFL)
+
+
+def open_metrics(path, start, rank):
+    """Returns a function that appends one JSON line a step. Lines of steps from `start` on, which a resumed run will
+    write again, are removed first."""
+    if rank:
+        return lambda line: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() and start else []
+    old = [line for line in old if line.endswith("\n")]                     # a kill may have torn the last one
+    path.write_text("".join(line for line in old if json.loads(line)["step"] < start), encoding="utf-8")
+    file = open(path, "a", encoding="utf-8", buffering=1)
+    return lambda line: file.write(json.dumps(line) + "\n")
 
 
 def peak_memory(device):

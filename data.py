@@ -1,0 +1,524 @@
+"""From text to token ids: tokenizer, prompt formats, readers, batches, and the built-in world.
+
+One judged record on its way (format `short`; CUT's own format only has longer headers):
+
+  {"instruction": "Say what 7 plus 5 is.", "input": "", "output": "The answer is 13.",
+   "judgment": "It says The answer is 13 where it should say 12."}
+
+  prompt         <s> Say what 7 plus 5 is. \\n                                                        (x)
+  judged prompt  <s> Say what 7 plus 5 is. \\n Judgment: It says The answer is 13 where it ... \\n     (x, j-)
+  response       The answer is 13 . </s>                                                              (y, EOS included)
+
+  tokens   <s>  Say  what ...  \\n   The    answer is  13  .          inputs of the network
+  targets   .    .    .   ...  The  answer  is     13  .   </s>       what follows each; prompt positions are IGNORE
+
+File formats are JSON lists or JSON Lines; unknown keys are kept. judgment null means that nothing is wrong.
+"""
+import io
+import json
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+
+from losses import IGNORE
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, where and what to do about it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """A sentencepiece model. BOS and EOS are added here and nowhere else. There is no pad token: batches carry masks,
+    so what stands in the padding never matters."""
+
+    def __init__(self, serialized, source="tokenizer"):
+        self.serialized = serialized
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.LoadFromSerializedProto(serialized)
+        except RuntimeError:
+            raise InputError(f"{source}: not a sentencepiece model (LLaMA 3's tokenizer.model is tiktoken's format, "
+                             "which is not supported): use LLaMA, LLaMA 2 or another sentencepiece checkpoint") from None
+        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        if min(self.bos, self.eos) < 0:
+            raise InputError(f"{source}: the tokenizer has no BOS or no EOS piece; both are needed")
+        # sentencepiece puts a space in front of every text. A response continues its prompt, so it must not get one:
+        # we encode newline + response and drop what belongs to the newline. The ids equal those of the joined text.
+        self.newline = self.sp.encode("\n")
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        path = Path(directory) / "tokenizer.model"
+        if not path.is_file():
+            other = " (its tokenizer.json is of another kind)" if (path.parent / "tokenizer.json").is_file() else ""
+            raise InputError(f"{path}: no sentencepiece tokenizer here{other}: LLaMA and LLaMA 2 checkpoints have one, "
+                             "LLaMA 3's do not")
+        return cls(path.read_bytes(), path)
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Trains a small BPE tokenizer of LLaMA's kind (byte fallback, spaces kept) in memory."""
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2)
+        return cls(out.getvalue())
+
+    def check(self, config, source):
+        """The model must have a row of embeddings for every id that this tokenizer can give."""
+        if self.vocab_size > config.vocab_size:
+            raise InputError(f"{source}: the tokenizer has {self.vocab_size} pieces, the model's vocabulary only "
+                             f"{config.vocab_size}: they do not belong together")
+
+    def save(self, directory):
+        d = Path(directory)
+        (d / "tokenizer.model").write_bytes(self.serialized)
+        piece = self.sp.id_to_piece
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+                  "bos_token": piece(self.bos), "eos_token": piece(self.eos), "unk_token": piece(self.sp.unk_id()),
+                  "clean_up_tokenization_spaces": False}
+        (d / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def encode_prompt(self, text):
+        return [self.bos] + self.sp.encode(text)
+
+    def encode_response(self, text):
+        """Ids of a response, EOS included: a model that never sees EOS supervised never stops."""
+        return self.sp.encode("\n" + text)[len(self.newline):] + [self.eos]
+
+    def decode_response(self, ids):
+        """Text of generated ids, without EOS. The newline in front keeps sentencepiece from eating a leading space."""
+        return self.sp.decode(self.newline + [i for i in ids if i != self.eos])[1:]
+
+    def pieces(self, ids):
+        """The text of each id on its own, for marking tokens (EOS as </s>)."""
+        return [self.sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompt formats. They are constants of published checkpoints: a model answers best in the format it was trained with.
+
+_ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+           "\n\n### Instruction:\n{instruction}\n\n### Response:")
+_ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                 "Write a response that appropriately completes the request."
+                 "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+_JUDGED = ("Below is an instruction that describes a task. Write a response to the instruction and the response should "
+           "match the corresponding judgment.\n\n### Instruction:\n{instruction}\n\n### Judgment:\n{judgment}"
+           "\n\n### Response:")
+
+FORMATS = {
+    # name: (plain, with input (None: the input follows the instruction on a new line), with judgment)
+    "cut": (_ALPACA + "\n", None, _JUDGED + "\n"),
+    "alpaca": (_ALPACA, _ALPACA_INPUT, _JUDGED),                            # AlpacaFarm: no newline at the end
+    "short": ("{instruction}\n", None, "{instruction}\nJudgment: {judgment}\n"),        # the built-in world
+}
+
+
+def format_prompt(record, form, judgment=None):
+    """The prompt of a record in a named format; with a judgment, the one that tells it in advance (x, j-).
+
+    Text is put in by slicing the template at its fields, so that braces in a text are only text."""
+    plain, with_input, judged = FORMATS[form]
+    instruction, extra = record["instruction"], record.get("input") or ""
+    template = plain if judgment is None else judged
+    if extra and judgment is None and with_input:
+        template = with_input
+    elif extra:
+        instruction = f"{instruction}\n{extra}"
+    fields = {"instruction": instruction, "input": extra, "judgment": judgment}
+    parts = re.split(r"\{(instruction|input|judgment)\}", template)         # text, field, text, field, ..., text
+    return "".join(fields[part] if i % 2 else part for i, part in enumerate(parts))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def read_json(path):
+    """A JSON list of objects or JSON Lines -> list of dicts."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip()[:1] == "[":
+            records = json.loads(text)
+        else:
+            records = []
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError as error:
+                        raise InputError(f"{path}: line {number} is not JSON ({error}); the file must be a JSON list "
+                                         "or have one JSON object a line") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    for i, r in enumerate(records):
+        if not isinstance(r, dict):
+            raise InputError(f"{path}: record {i} is {type(r).__name__}, not an object with keys")
+    if not records:
+        raise InputError(f"{path}: holds no records")
+    return records
+
+
+def write_json_lines(path, records):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def _check(path, i, record, **kinds):
+    """Checks the types of a record's keys; kinds: key -> types, or (types, default) for a key that may be absent."""
+    for key, kind in kinds.items():
+        if key not in record:
+            raise InputError(f"{path}: record {i} has no key {key!r}; it has {sorted(record)}")
+        if not isinstance(record[key], kind):
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
+            raise InputError(f"{path}: record {i}: {key!r} is {type(record[key]).__name__}, expected {names}")
+    for key in ("instruction", "output"):
+        if key in kinds and not record[key].strip():
+            raise InputError(f"{path}: record {i}: {key!r} is empty; leave such records out")
+
+
+_TEXT, _MAYBE = (str,), (str, type(None))
+
+
+def read_demonstrations(path):
+    """instruction, input (optional), output; a judgment, if there is one, becomes part of the prompt (Hindsight)."""
+    records = [{"input": "", "judgment": None, **r} for r in read_json(path)]
+    for i, r in enumerate(records):
+        _check(path, i, r, instruction=_TEXT, output=_TEXT, input=_MAYBE, judgment=_MAYBE)
+    return records
+
+
+def read_judged(path, filter_noise=False):
+    """Judged responses: CUT's files (instruction, input, output, judgment or null), either of Shepherd's two published
+    JSONL files, or anything of the first form. A record with score >= 7 (the top of the 7-point scale of the
+    summarization critiques) counts as good, as in the released code.
+
+    Prints what it found. filter_noise leaves out two kinds of bad labels: `$ERROR$` (a failed call stored as a
+    judgment) and bad responses whose judgment opens by calling them perfect."""
+    records = []
+    for i, r in enumerate(read_json(path)):
+        if "feedback" in r and "answer" in r:                               # Shepherd, human_data_for_model.jsonl
+            _check(path, i, r, question=_TEXT, answer=_TEXT, feedback=_TEXT)
+            r = {**r, "instruction": r["question"], "output": r["answer"], "judgment": r["feedback"]}
+        elif "latestLabel" in r:                                            # Shepherd, human_data_raw.jsonl
+            r = _read_shepherd_raw(path, i, r)
+        r = {"input": "", **r}
+        _check(path, i, r, instruction=_TEXT, input=_MAYBE, output=_TEXT, judgment=_MAYBE)
+        if r["judgment"] is not None and not r["judgment"].strip():
+            raise InputError(f"{path}: record {i}: 'judgment' is an empty text; write null if nothing is wrong")
+        score = r.get("score")
+        if score is not None and not isinstance(score, (int, float)):
+            raise InputError(f"{path}: record {i}: 'score' is {type(score).__name__}, expected a number or null")
+        if score is not None and score >= 7:
+            r["judgment"] = None
+        r.setdefault("id", i)
+        records.append(r)
+    negatives = [r for r in records if r["judgment"] is not None]
+    errors = [r for r in negatives if r["judgment"].strip() == "$ERROR$"]
+    perfect = [r for r in negatives if r["judgment"].lower().lstrip(" \"'").startswith("the response is perfect")]
+    print(f"{path}: {len(negatives)} negatives and {len(records) - len(negatives)} positives; of the negatives "
+          f"{len(errors)} '$ERROR$' and {len(perfect)} 'perfect', "
+          f"{'left out' if filter_noise else 'kept (--filter-noise leaves them out)'}")
+    if filter_noise:
+        noise = {id(r) for r in errors + perfect}
+        records = [r for r in records if id(r) not in noise]
+    return records
+
+
+def _read_shepherd_raw(path, i, r):
+    """Shepherd's annotation dump: the judgment is spread over the error types that the annotator chose."""
+    try:
+        meta, label = r["metadata"], r["latestLabel"]["jsonResponse"]
+        texts = [child["text"].strip() for category in label["CLASSIFICATION_JOB_0"]["categories"]
+                 for child in category["children"].values() if "text" in child]
+        return {**r, "instruction": meta["context"], "output": meta["output_candidate"], "judgment": " ".join(texts),
+                "reference": meta.get("output_correct")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: record {i} is not in the layout of Shepherd's raw file: {error!r}") from None
+
+
+def downsample_positives(records, ratio, seed=42):
+    """Keeps int(ratio * number of negatives) of the positives, drawn once; all of them if there are fewer. ratio < 0
+    keeps all. (The ratio is to the negatives: 0.25 is one positive for four negatives, as published.)"""
+    positives = [r for r in records if r["judgment"] is None]
+    keep = int(ratio * (len(records) - len(positives)))
+    if ratio < 0 or keep >= len(positives):
+        return list(records)
+    kept = {id(r) for r in random.Random(seed).sample(positives, keep)}
+    return [r for r in records if r["judgment"] is not None or id(r) in kept]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding and batches
+
+
+class Example(NamedTuple):
+    """Token ids of one record. judged is the prompt (x, j-), or None where nothing is wrong with the response."""
+    id: str
+    prompt: list
+    response: list
+    judged: list | None = None
+
+    def size(self):
+        """Tokens that the network reads for it."""
+        return len(self.response) + max(len(self.prompt), len(self.judged or []))
+
+
+def encode(tokenizer, records, form, max_length, hindsight=False):
+    """Records -> Examples; over-long ones are left out, counted and printed (cutting them would cost either the
+    instruction or EOS). With hindsight the judgment, if any, becomes part of the one prompt: (x, j-) -> y."""
+    examples, too_long = [], []
+    for i, r in enumerate(records):
+        judgment = r.get("judgment")
+        prompt = tokenizer.encode_prompt(format_prompt(r, form, judgment if hindsight else None))
+        judged = None
+        if judgment is not None and not hindsight:
+            judged = tokenizer.encode_prompt(format_prompt(r, form, judgment))
+        e = Example(str(r.get("id", i)), prompt, tokenizer.encode_response(r["output"]), judged)
+        (examples if e.size() <= max_length else too_long).append(e)
+    if too_long:
+        print(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
+              f"{max(e.size() for e in too_long)} (ids {', '.join(e.id for e in too_long[:5])} ...): see --max-length")
+    if not examples:
+        raise InputError(f"no record fits in {max_length} tokens: raise --max-length")
+    return examples
+
+
+def collate(rows, device="cpu"):
+    """rows of (prompt ids, response ids) -> tokens (B, T), targets (B, T), padded on the right.
+
+    targets[b, t] is the token after tokens[b, t] where that token belongs to the response (EOS too), else IGNORE. The
+    first response token is predicted at the prompt's last position."""
+    T = max(len(p) + len(y) for p, y in rows) - 1
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    targets = torch.full((len(rows), T), IGNORE)
+    for b, (p, y) in enumerate(rows):
+        tokens[b, :len(p) + len(y) - 1] = torch.tensor(p + y[:-1])
+        targets[b, len(p) - 1:len(p) + len(y) - 1] = torch.tensor(y)
+    return tokens.to(device), targets.to(device)
+
+
+WINDOW, PIECES = 16, 8       # batches whose examples are sorted together; pieces of like length that make up a batch
+
+
+class Batches:
+    """The batch of every step, as a pure function of (lengths, batch_size, seed, step): no state, so a resumed run
+    sees what an undisturbed one would have seen, and the batch does not depend on how many ranks share it.
+
+    Length-aware: an epoch is a permutation; within windows of it examples are sorted by length and cut into pieces of
+    batch_size / 8, the pieces are shuffled, and 8 in a row make a batch. So each batch mixes lengths (and with them
+    kinds of examples), yet most of its rows find neighbours to be padded with. The last batch of an epoch may be
+    smaller; nothing is dropped."""
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.per_epoch = -(-len(self.lengths) // batch_size)
+        self._epoch = None
+
+    def __call__(self, step):
+        """Indices of the examples of this step, longest first."""
+        epoch, i = divmod(step, self.per_epoch)
+        if self._epoch != epoch:                                            # a cache, not a state
+            rng = np.random.default_rng([self.seed, epoch])
+            order, piece = rng.permutation(len(self.lengths)), max(1, self.batch_size // PIECES)
+            windows = []
+            for start in range(0, len(order), WINDOW * self.batch_size):
+                w = order[start:start + WINDOW * self.batch_size]
+                w = w[np.argsort(self.lengths[w], kind="stable")]
+                pieces = [w[j:j + piece] for j in range(0, len(w), piece)]
+                windows += [pieces[j] for j in rng.permutation(len(pieces))]
+            self._epoch, self._order = epoch, np.concatenate(windows)
+        batch = self._order[i * self.batch_size:(i + 1) * self.batch_size]
+        return batch[np.argsort(-self.lengths[batch], kind="stable")].tolist()
+
+
+def split(items, size):
+    """Consecutive parts of at most `size` items, as even as they come."""
+    count = -(-len(items) // size)
+    return [items[len(items) * i // count:len(items) * (i + 1) // count] for i in range(count)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The built-in world: a small set of facts, people who half know them, and instructions that ask for them
+#
+# Facts (where 40 animals live, what they eat, their colour; sums; differences; irregular past tenses) are drawn anew
+# for every world seed, false "common misconceptions" with them. Demonstrators are careless: they agree on some facts;
+# about the others they tell the truth a quarter of the time, the shared misconception half of the time, and some other
+# error otherwise. So a model trained on demonstrations is often wrong, but holds the right answer too, and feedback has
+# something to do. The same facts are asked for in many wordings; training, validation and test instructions differ.
+
+ANIMALS = ("ant ape bat bear bee boar cat cow crab crow deer dog dove duck eel elk emu fox frog goat hare hawk hen "
+           "horse ibis jay lion lynx mole moth mouse newt owl pig rat seal swan toad wolf yak").split()
+POOLS = {
+    "home": "barn bog cave creek den field forest lake marsh nest pond reef shed tree".split(),
+    "food": "berries bread clover corn eggs fish grass honey insects leaves moss nuts roots seeds".split(),
+    "color": "black blue brown gold gray green orange pink purple red silver tan white yellow".split(),
+}
+CLAUSES = {"home": "lives in the {}", "food": "eats {}", "color": "is {}"}
+ASKS = {"home": "where {} lives", "food": "what {} eats", "color": "what color {} has"}
+VERBS = {"go": "went", "see": "saw", "eat": "ate", "run": "ran", "take": "took", "give": "gave", "come": "came",
+         "know": "knew", "grow": "grew", "throw": "threw", "fly": "flew", "draw": "drew", "break": "broke",
+         "speak": "spoke", "wake": "woke", "drive": "drove", "write": "wrote", "ride": "rode", "sing": "sang",
+         "ring": "rang", "swim": "swam", "begin": "began", "drink": "drank", "sit": "sat", "win": "won",
+         "find": "found", "hold": "held", "keep": "kept", "feel": "felt", "leave": "left"}
+OPENERS = ("Say", "Tell me", "Please say", "Please tell me", "Explain", "Write down", "I want to know", "Can you say",
+           "Do you know", "Let me know", "I would like to hear", "Could you tell me")
+ENDINGS = ("", " in one sentence", " in short", " if you can")
+FAMILIES = {"add": 2, "sub": 2, "past": 1, "two": 3, "three": 2}            # how often each kind is asked
+AGREED = 0.6                                                                # share of facts that all demonstrators know
+
+
+class Fact(NamedTuple):
+    truth: str
+    misconception: str
+    others: tuple        # further false values, as a careless person might name
+    agreed: bool
+
+
+class World:
+    """Facts, instructions and demonstrators of one seed. Everything is a function of the seed and of stable strings."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+        rng = random.Random(f"world {seed}")
+        self.facts = {}
+
+        def add(key, truth, false):
+            false = [v for v in false if v != truth]
+            rng.shuffle(false)
+            self.facts[key] = Fact(truth, false[0], tuple(false[1:]), rng.random() < AGREED)
+
+        for animal in ANIMALS:
+            for kind, pool in POOLS.items():
+                add((kind, animal), rng.choice(pool), pool)
+        near = lambda n: [str(m) for m in range(max(1, n - 3), n + 4)]
+        for a, b in rng.sample([(a, b) for a in range(2, 20) for b in range(2, 20)], 80):
+            add(("add", a, b), str(a + b), near(a + b))
+        for a, b in rng.sample([(a, b) for a in range(6, 40) for b in range(2, a - 2)], 80):
+            add(("sub", a, b), str(a - b), near(a - b))
+        for verb, past in VERBS.items():
+            add(("past", verb), past, [verb, *rng.sample(sorted(VERBS.values()), 4)])
+
+    def _draw(self, rng):
+        """One instruction: (text, the keys of the facts it asks for, the answer with a place for each)."""
+        family = rng.choices(list(FAMILIES), FAMILIES.values())[0]
+        if family in ("add", "sub"):
+            key = rng.choice([k for k in self.facts if k[0] == family])
+            word = {"add": ("{} plus {}", "the sum of {} and {}"), "sub": ("{} minus {}", "{} less {}")}[family]
+            ask, keys, answer = f"what {rng.choice(word).format(*key[1:])} is", [key], "The answer is {}."
+        elif family == "past":
+            key = ("past", rng.choice(list(VERBS)))
+            ask, keys = f"what the past tense of {key[1]} is", [key]
+            answer = f"The past tense of {key[1]} is {{}}."
+        else:
+            animal = rng.choice(ANIMALS)
+            kinds = rng.sample(list(POOLS), 2 if family == "two" else 3)
+            asks = [ASKS[k].format(f"the {animal}" if i == 0 else "it") for i, k in enumerate(kinds)]
+            clauses = [CLAUSES[k] for k in kinds]
+            ask = f"{', '.join(asks[:-1])} and {asks[-1]}"
+            keys = [(k, animal) for k in kinds]
+            answer = f"The {animal} {', '.join(clauses[:-1])} and {clauses[-1]}."
+        opener = rng.choice(OPENERS)
+        mark = "?" if opener.split()[0] in ("Can", "Could", "Do") else "."
+        return f"{opener} {ask}{rng.choice(ENDINGS)}{mark}", keys, answer
+
+    def instructions(self, split, count, stream=0):
+        """`count` different instructions of a split ("train", "validation", "test") as records whose `reference` is the
+        true answer. The split of an instruction is a hash of its text, the same in every world: no instruction can
+        stand in two. `stream` numbers independent draws."""
+        rng = random.Random(f"instructions {self.seed} {split} {stream}")
+        records, seen = [], set()
+        while len(records) < count:
+            text, keys, answer = self._draw(rng)
+            if text not in seen and split_of(text) == split:
+                seen.add(text)
+                records.append({"id": f"{split}-{stream}-{len(records)}", "instruction": text, "input": "",
+                                "reference": answer.format(*(self.facts[k].truth for k in keys)),
+                                "facts": keys, "answer": answer})
+        return records
+
+    def demonstrate(self, record, rng):
+        """What a careless demonstrator answers."""
+        values = []
+        for key in record["facts"]:
+            fact, u = self.facts[key], rng.random()
+            truth = fact.agreed or u < 0.25
+            values.append(fact.truth if truth else fact.misconception if u < 0.75 else rng.choice(fact.others))
+        return record["answer"].format(*values)
+
+    def demonstrate_once(self, record):
+        """The one demonstration of this instruction, a function of its text."""
+        return self.demonstrate(record, random.Random(f"demonstration {self.seed} {record['instruction']}"))
+
+    def corrupt(self, record, output, rng):
+        """A demonstration with one to three of its facts exchanged for false ones or, one time in twenty, with a word
+        lost or doubled: material for learning to read judgments."""
+        words = units(output)
+        places = [i for i, w in enumerate(words) if any(w in (f.truth, f.misconception, *f.others)
+                                                        for f in (self.facts[k] for k in record["facts"]))]
+        if rng.random() < 0.05:
+            i = rng.randrange(1, len(words) - 1)
+            words[i:i + 1] = [] if rng.random() < 0.5 else [words[i]] * 2
+            return join(words)
+        for i in rng.sample(places, min(len(places), rng.randint(1, 3))):
+            fact = next(f for f in (self.facts[k] for k in record["facts"]) if words[i] in (f.truth, f.misconception, *f.others))
+            words[i] = rng.choice([v for v in (fact.truth, fact.misconception, *fact.others) if v != words[i]])
+        return join(words)
+
+    def demonstrations(self, count, judge, stream="sft"):
+        """SFT data: careless demonstrations and, for each, a corrupted copy with the judgment that compares it with the
+        *demonstration* (so that no truth leaks), which teaches the model to read judgments. One copy in ten is left as
+        it is and called correct. judge: simulate.judge_reference or another function of (response, reference)."""
+        rng = random.Random(f"demonstrations {self.seed} {stream}")
+        pool = self.instructions("train", min(count, 8000), stream)
+        records = []
+        for i in range(count):
+            r = pool[i % len(pool)]
+            output = self.demonstrate(r, rng)
+            base = {"instruction": r["instruction"], "input": ""}
+            records.append({"id": f"demo-{i}", **base, "output": output, "judgment": None})
+            judged = output if rng.random() < 0.1 else self.corrupt(r, output, rng)
+            records.append({"id": f"judged-{i}", **base, "output": judged,
+                            "judgment": judge(judged, output) or "All of it is right."})
+        return records
+
+
+def split_of(text):
+    """train, validation or test, by a stable hash of the instruction's text: 8 : 1 : 1."""
+    u = random.Random(f"split {text}").random()
+    return "test" if u < 0.1 else "validation" if u < 0.2 else "train"
+
+
+def units(text):
+    """Words and punctuation marks, the units in which responses are compared."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def join(words):
+    """Undoes units() for plain sentences."""
+    return re.sub(r" ([^\w\s])", r"\1", " ".join(words))
+
+
+def world_tokenizer(seed=0):
+    """The built-in world's tokenizer, trained on its wordings (the same for all seeds but for the facts' numbers)."""
+    texts = [w for w in (*POOLS["home"], *POOLS["food"], *POOLS["color"], *ANIMALS, *VERBS, *VERBS.values())]
+    texts += [str(n) for n in range(1, 41)]
+    texts += list(OPENERS) + list(ENDINGS) + ["what the past tense of is", "where it lives what it eats what color it has and",
+              "what the sum of and is plus minus less", "Judgment: It says where it should say and is wrong.", ". ? ,",
+              "The answer is", "lives in the eats is", "It leaves out after before the end", "does not belong",
+              "All of it is right.", "There is nothing more to say Something is missing"]
+    return Tokenizer.train([t for t in texts for _ in range(3)], 1024)

@@ -1,0 +1,302 @@
+"""CUT, contrastive unlikelihood training: judged responses -> policy.
+
+  python train_cut.py                                       the built-in world, online: sample, judge, train, repeat
+  python train_cut.py --model DIR --data judged.json        offline: one pass over judged responses
+  torchrun --nproc_per_node 8 train_cut.py --model ...      the same on eight GPUs
+
+A bad response y to an instruction x, with a judgment j- that says what is wrong, is read twice: after x alone, and after
+x and j-. Tokens that the judgment makes more than lambda times as likely are the ones it complains about: under x they
+get unlikelihood, the rest of the response likelihood (L1). The whole of y after (x, j-) gets likelihood (L2), which is
+what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py` shows
+what this takes; the formula is losses.cut_token_loss.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import train_sft
+from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downsample_positives, encode, read_json,
+                  read_judged, split, write_json_lines)
+from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
+from losses import cut_token_loss, detect, detection_sums
+from model import (DTYPES, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics, peak_memory,
+                   print0, read_config, save_resume, setup_distributed, write_json)
+from simulate import JUDGES, corrected, respond
+
+# What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's, for 8
+# examples a step; its lr never got past 1.8e-4 in an online run, because warm-up (100 steps) outlasted the data.
+DEFAULTS = {"batch_size": (8, 32), "micro_batch_size": (1, 8), "lr": (1.5e-4, 8e-4), "rounds": (1, 3),
+            "steps": (-1, 94), "epochs": (1.0, 0.0), "format": ("cut", "short"), "max_length": (1024, 256),
+            "alpha": (1.0, 0.5), "downsample": (0.25, -1.0), "replay": (0, 32)}
+
+# What is trained on, as functions of a round's judged records. CUT takes them as they are; the others are the methods
+# that it is compared with, at equal numbers of updates and with the same replay. The right answer that
+# `--judge corrects` states is in r["correction"].
+RECIPES = {
+    "cut": lambda judged: judged,
+    "hindsight": lambda judged: judged,                                     # L2 alone: the judgment joins the prompt
+    "expert": lambda judged: [r for r in judged if r["judgment"] is None],  # expert iteration: the good ones only
+    "corrected": lambda judged: [{**r, "output": r["correction"], "judgment": None} for r in judged],
+    "sft": lambda judged: [{**r, "output": r["demonstration"], "judgment": None} for r in judged],
+}
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what goes in and out
+    p.add_argument("--model", default="", help="checkpoint directory to start from (default: made by train_sft.py)")
+    p.add_argument("--data", default="", help="judged responses, JSON or JSONL (default: online in the built-in world)")
+    p.add_argument("--format", choices=FORMATS, help="prompt format (default: cut; short in the built-in world)")
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
+    p.add_argument("--filter-noise", action="store_true", help="leave out '$ERROR$' and 'perfect' judgments")
+    p.add_argument("--downsample", type=float, help="positives kept per negative (default 0.25; -1 keeps all)")
+    p.add_argument("--out", default="", help="run folder (default: out/cut-SEED)")
+    p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
+    # method
+    p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
+    p.add_argument("--flags", choices=("live", "frozen", "all"), default="live",
+                   help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
+    p.add_argument("--lam", type=float, default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
+    p.add_argument("--alpha", type=float, help="weight of unlikelihood (default 1)")
+    p.add_argument("--gamma", type=float, default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
+    p.add_argument("--rounds", type=int, help="online rounds (default 3)")
+    p.add_argument("--samples", type=int, default=1500, help="instructions answered and judged in a round")
+    p.add_argument("--offline", action="store_true", help="judge all rounds' responses of the first model at once")
+    p.add_argument("--replay", type=int, help="judged SFT examples trained on beside each batch (default 0)")
+    # optimization
+    p.add_argument("--steps", type=int, help="optimizer steps a round (default: from --epochs)")
+    p.add_argument("--epochs", type=float, help="passes over the data, if --steps is not given (default 1)")
+    p.add_argument("--batch-size", type=int, help="examples a step, over all ranks (default 8)")
+    p.add_argument("--micro-batch-size", type=int, help="examples a forward pass: what fits in memory (default 1)")
+    p.add_argument("--lr", type=float, help="peak learning rate of the first round (default 1.5e-4)")
+    p.add_argument("--lr-decay", type=float, default=0.6, help="factor on the peak from one round to the next")
+    p.add_argument("--warmup", type=float, default=0.1, help="share of a round's steps that warm up; then cosine")
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=int, default=0, help="seed of the world, the sampling and the order of the data")
+    # machine
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--max-length", type=int, help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=int, default=50, help="steps between saves for --resume")
+    p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
+    args = p.parse_args(argv)
+    for name, (with_data, built_in) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, with_data if args.data else built_in)
+    args.out = args.out or f"out/cut-{args.seed}"
+    return args
+
+
+def sft_model(args):
+    """The SFT model that the built-in world starts from: made by train_sft.py, or found where it was left."""
+    argv = ["--seed", str(args.seed), "--judge", args.judge, "--out", f"out/sft-{args.seed}-{args.judge}"]
+    wanted = vars(train_sft.parse(argv))
+    if not Path(wanted["out"], "config.json").is_file() or read_config(wanted["out"])[1].get("run") != wanted:
+        train_sft.main(argv)
+    return wanted["out"]
+
+
+def judged_round(model, tokenizer, the_world, number, args, rank, world):
+    """The data of one online round: fresh instructions, answered by the model as it is now and judged."""
+    records = the_world.instructions("train", args.samples, f"round {number}")
+    texts = respond(model, tokenizer, records, args.format, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7,
+                    seed=args.seed * 1000 + number, rank=rank, world=world, label=f"round {number + 1}: sampling")
+    return [{"id": r["id"], "instruction": r["instruction"], "input": "", "output": text or ".",
+             "judgment": JUDGES[args.judge](text or ".", r["reference"]), "reference": r["reference"],
+             "correction": corrected(text or ".", r["reference"]), "demonstration": the_world.demonstrate_once(r)}
+            for r, (text,) in zip(records, texts)]
+
+
+def pair_batch(part, weight, flags, args, device):
+    """Bad responses, each read twice: (tokens, targets, token_loss), the first two with an entry for each reading.
+
+    Only the prompts differ, so the two readings have the same N response tokens in the same order; their positions
+    differ, which is why everything is gathered by response token and never by position."""
+    judged = collate([(e.judged, e.response) for e in part], device)        # (b, T1) twice: Align-N, after (x, j-)
+    plain = collate([(e.prompt, e.response) for e in part], device)         # (b, T2) twice: Misalign, after x alone
+    w = token_weights(part, [weight] * len(part), args.dtype, device)       # (N,)
+    given = torch.cat([flags[e.id] for e in part]).to(device) if flags else None        # (N,)
+
+    def flagged(logp, s=slice(None)):
+        return given[s] if flags else detect(logp[0], logp[1], args.lam)
+
+    def token_loss(logp, s):                                                # logp (2, n), of the tokens s of the N
+        return w[s] * cut_token_loss(logp[0], logp[1], flagged(logp, s), args.alpha, args.gamma)
+
+    token_loss.flagged = flagged
+    return [judged[0], plain[0]], [judged[1], plain[1]], token_loss
+
+
+def single_batch(part, device, dtype):
+    """Rows that get plain likelihood, good responses (Align-P) and replay: part of (example, weight)."""
+    tokens, targets = collate([(e.prompt, e.response) for e, _ in part], device)
+    w = token_weights([e for e, _ in part], [weight for _, weight in part], dtype, device)
+    return tokens, targets, lambda logp, s: -w[s] * logp[0]
+
+
+def token_weights(examples, weights, dtype, device):
+    """An example's weight spread evenly over its response tokens (a mean over the example): (N,)."""
+    lengths = torch.tensor([len(e.response) for e in examples])
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    return (torch.tensor(weights, dtype=wide) / lengths).repeat_interleave(lengths).to(device)
+
+
+def main(argv=None):
+    args = parse(argv)
+
+    # --- set-up (this block is the same in the three train scripts)
+    rank, world, device = setup_distributed(args.device)
+    out, dtype = Path(args.out), DTYPES[args.dtype]
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
+                         f"use {args.batch_size // world * world or world} or another number of ranks")
+    torch.manual_seed(args.seed)
+    stop = StopSignal()
+    start_time = time.time()
+
+    # --- data, before the model: mistakes surface early
+    if args.data:
+        if not args.model:
+            raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        judged = downsample_positives(read_judged(args.data, args.filter_noise), args.downsample)
+        bad = sum(r["judgment"] is not None for r in judged)
+        print0(f"training on {bad} negatives and {len(judged) - bad} positives")
+        replay, test = [], []
+    else:
+        args.model = args.model or sft_model(args)
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        the_world = World(args.seed)
+        replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
+        replay = encode(tokenizer, replay, args.format, args.max_length, hindsight=True) if args.replay else []
+        test = the_world.instructions(args.split, 800)
+
+    # --- model and optimizer
+    model = LLaMA.from_pretrained(args.model, dtype, device)
+    tokenizer.check(model.config, args.model)
+    optimizer = make_optimizer(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    results, position = {"rounds": []}, {"round": 0, "step": 0}
+    if test:
+        _, sft_errors = answer_errors(model, tokenizer, test, args.format, rank, world)
+        results["sft"] = {"exact_match": exact_match(sft_errors), "errors": sum(sft_errors) / len(test)}
+    if args.resume:
+        position = load_resume(out / "resume.pt", model, optimizer)
+        results["rounds"] = json.loads(position["results"])
+    elif rank == 0:
+        for old in out.glob("round-*.jsonl"):
+            old.unlink()
+    metrics = open_metrics(out / "metrics.jsonl", position["round"] * args.steps + position["step"], rank)
+    run = {"prompt_format": args.format, "run": vars(args)}
+
+    for number in range(position["round"], args.rounds):
+        # --- this round's responses and judgments; what the detector makes of them
+        round_time, start = time.time(), position["step"] if number == position["round"] else 0
+        if not args.data:
+            for n in range(number, args.rounds if args.offline else number + 1):
+                path = out / f"round-{n}.jsonl"                             # offline: all rounds from the first model
+                if not path.is_file():
+                    judged = judged_round(model, tokenizer, the_world, n, args, rank, world)
+                    if rank == 0:
+                        write_json_lines(path, judged)
+                    all_sum([0], device)                                    # the others wait until the file is there
+            judged = read_json(out / f"round-{number}.jsonl")
+        examples = encode(tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length,
+                          hindsight=args.recipe == "hindsight")
+        flags, found = {}, {}
+        if args.flags == "all":
+            flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples}
+        if test or args.flags == "frozen":
+            bad = encode(tokenizer, [r for r in judged if r["judgment"]], args.format, args.max_length)
+            detected = [detect(*logp, args.lam) for logp in pair_logp(model, bad, device)]
+            if args.flags == "frozen":
+                flags = {e.id: f for e, f in zip(bad, detected)}
+        batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
+        replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number) if replay else None
+        steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
+
+        # --- loop
+        bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,
+                   unit="step", leave=False)
+        for step in bar:
+            step_time = time.time()
+            batch = [examples[i] for i in batches(step)]                    # the whole step's examples, on every rank
+            again = [replay[i] for i in replays(step)] if replay else []
+            mine = batch[rank::world]
+            pairs = [e for e in mine if e.judged]
+            singles = [(e, 1 / len(batch)) for e in mine if not e.judged]
+            singles += [(e, 1 / len(again)) for e in again[rank::world]]
+            if not pairs and not singles:                                   # an uneven tail left this rank without any
+                singles = [(batch[0]._replace(judged=None), 0.0)]
+            micro = [pair_batch(part, 1 / len(batch), flags, args, device) for part in split(pairs, args.micro_batch_size)]
+            micro += [single_batch(part, device, args.dtype) for part in split(singles, 2 * args.micro_batch_size)]
+            loss_sum, seen = 0.0, torch.zeros(5, device=device)
+            for i, (tokens, targets, token_loss) in enumerate(micro):
+                wrapped.require_backward_grad_sync = i == len(micro) - 1
+                loss, logp = wrapped(tokens, targets, token_loss)           # already a mean over the step's examples
+                (loss * world).backward()                                   # DDP averages over ranks: hence * world
+                loss_sum += loss.item()
+                if len(logp) == 2:
+                    seen += detection_sums(*logp, token_loss.flagged(logp))
+            loss_sum, stopping, *seen = all_sum([loss_sum, stop.requested, *seen.tolist()], device)
+            if not math.isfinite(loss_sum):
+                raise FloatingPointError(f"step {step}: the loss is {loss_sum}; examples {[e.id for e in batch]}")
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            lr = lr_at(step, args.lr * args.lr_decay ** number, math.ceil(args.warmup * steps), steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # --- log and save
+            count, flagged, log_ratio, flagged_loss, unflagged_loss = seen
+            metrics({"step": number * steps + step, "round": number, "loss": loss_sum, "lr": lr,
+                     "grad_norm": norm.item(), "flagged": flagged / max(1, count), "log_ratio": log_ratio / max(1, count),
+                     "flagged_loss": flagged_loss / max(1, flagged),
+                     "unflagged_loss": unflagged_loss / max(1, count - flagged), "seconds": time.time() - step_time})
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss_sum:.3f}", flagged=f"{flagged / max(1, count):.1%}")
+            if stopping or (step + 1) % args.save_every == 0:
+                save_resume(out / "resume.pt", model, optimizer,
+                            {"round": number, "step": step + 1, "results": json.dumps(results["rounds"])}, rank)
+            if stopping:
+                break
+        if stop.requested:
+            break
+
+        # --- evaluate
+        if test:
+            _, errors = answer_errors(model, tokenizer, test, args.format, rank, world)
+            wins, se = win_rate(errors, sft_errors)
+            bad_records = [r for r in judged if r["judgment"]]
+            precision, recall = detection(tokenizer, bad, detected, bad_records)
+            results["rounds"].append({
+                "exact_match": exact_match(errors), "errors": sum(errors) / len(test), "win_rate": wins,
+                "win_rate_se": se, "precision": precision, "recall": recall,
+                "flagged": torch.cat(detected).float().mean().item(), "seconds": time.time() - round_time})
+            print0(results["rounds"][-1])
+
+    # --- save
+    if rank == 0:
+        model.save_pretrained(out, tokenizer, extra=run)
+    if test and rank == 0:
+        results.update(seconds=time.time() - start_time, peak_memory_bytes=peak_memory(device))
+        write_json(out / "results.json", results)
+        print(results)
+    print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
+           f"{time.time() - start_time:.0f} s")
+    return 130 if stop.requested else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

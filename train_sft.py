@@ -1,0 +1,159 @@
+"""Supervised fine-tuning: demonstrations -> policy. The reference script, which the other two are read against.
+
+  python train_sft.py                                          the built-in world, from random weights
+  python train_sft.py --model DIR --data sft.json              a LLaMA checkpoint and AlpacaFarm's demonstrations
+  torchrun --nproc_per_node 8 train_sft.py --model ...         the same on eight GPUs
+
+The loss is the negative log-likelihood of the response given the prompt, averaged over the response tokens of the whole
+step. Many methods are this loss on other data: a judged file makes it Hindsight (the judgment joins the prompt), the
+winners of best-of-n make it expert iteration, and so on.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations, split,
+                  world_tokenizer)
+from losses import nll_token_loss
+from model import (DTYPES, Config, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics,
+                   print0, save_resume, setup_distributed, write_json)
+from simulate import JUDGES
+
+# What a flag that was not given means: (with --data, in the built-in world).
+DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 32), "lr": (2e-5, 4e-3), "steps": (-1, 3000),
+            "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256)}
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what goes in and out
+    p.add_argument("--model", default="", help="checkpoint directory to start from (default: a small random LLaMA)")
+    p.add_argument("--data", default="", help="demonstrations, JSON or JSONL (default: the built-in world)")
+    p.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches to read")
+    p.add_argument("--out", default="", help="run folder (default: out/sft-SEED-JUDGE)")
+    p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
+    # optimization
+    p.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
+    p.add_argument("--epochs", type=float, help="passes over the data, if --steps is not given (default 3)")
+    p.add_argument("--batch-size", type=int, help="examples a step, over all ranks (default 128)")
+    p.add_argument("--micro-batch-size", type=int, help="examples a forward pass: what fits in memory (default 4)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default 2e-5)")
+    p.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine decay")
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=int, default=0, help="seed of the world, the weights and the order of the data")
+    # machine
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--max-length", type=int, help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=int, default=500, help="steps between saves for --resume")
+    args = p.parse_args(argv)
+    for name, (with_data, built_in) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, with_data if args.data else built_in)
+    args.out = args.out or f"out/sft-{args.seed}-{args.judge}"
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+
+    # --- set-up (this block is the same in the three train scripts)
+    rank, world, device = setup_distributed(args.device)
+    out, dtype = Path(args.out), DTYPES[args.dtype]
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
+                         f"use {args.batch_size // world * world or world} or another number of ranks")
+    torch.manual_seed(args.seed)
+    stop = StopSignal()
+    start_time = time.time()
+
+    # --- data, before the model: mistakes surface early
+    if args.data:
+        if not args.model:
+            raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        records = read_demonstrations(args.data)
+    else:
+        tokenizer = world_tokenizer()
+        records = World(args.seed).demonstrations(args.batch_size * args.steps // 4, JUDGES[args.judge])
+    examples = encode(tokenizer, records, args.format, args.max_length, hindsight=True)
+    batches = Batches([e.size() for e in examples], args.batch_size, args.seed)
+    if args.steps < 0:
+        args.steps = math.ceil(args.epochs * batches.per_epoch)
+    print0(f"{len(examples)} examples, {args.steps} steps of {args.batch_size}: {world} ranks x "
+           f"{math.ceil(args.batch_size / world / args.micro_batch_size)} micro-batches of "
+           f"{min(args.micro_batch_size, args.batch_size // world)}")
+
+    # --- model and optimizer
+    if args.model:
+        model = LLaMA.from_pretrained(args.model, dtype, device)
+        tokenizer.check(model.config, args.model)
+    else:
+        model = LLaMA(Config(vocab_size=tokenizer.vocab_size)).to(device, dtype)
+    optimizer = make_optimizer(model)
+    start = load_resume(out / "resume.pt", model, optimizer)["step"] if args.resume else 0
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    metrics = open_metrics(out / "metrics.jsonl", start, rank)
+    run = {"prompt_format": args.format, "run": vars(args)}
+
+    # --- loop
+    bar = tqdm(range(start, args.steps), desc="sft", initial=start, total=args.steps, disable=rank > 0, unit="step")
+    for step in bar:
+        step_time = time.time()
+        batch = batches(step)                                               # the whole step's examples, on every rank
+        total = sum(len(examples[i].response) for i in batch)               # response tokens, over all ranks
+        mine = batch[rank::world]
+        rows = [(examples[i].prompt, examples[i].response) for i in mine or batch[:1]]
+        loss_sum = 0.0
+        micro = split(rows, args.micro_batch_size)
+        for i, part in enumerate(micro):
+            # DistributedDataParallel adds gradients up over ranks in the last backward only; the switch has to be set
+            # before forward. A rank without a row of its own still takes part, with weight 0.
+            wrapped.require_backward_grad_sync = i == len(micro) - 1
+            tokens, targets = collate(part, device)                         # (b, T), (b, T)
+            loss, _ = wrapped(tokens, targets, nll_token_loss)              # summed over the part's response tokens
+            loss = loss * bool(mine)
+            (loss * world / total).backward()                               # DDP averages over ranks: hence * world
+            loss_sum += loss.item()
+        loss_sum, stopping = all_sum([loss_sum, stop.requested], device)
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(f"step {step}: the loss is {loss_sum}; examples {[examples[i].id for i in batch]}")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)        # after the sync: equal on all ranks
+        lr = lr_at(step, args.lr, math.ceil(args.warmup * args.steps), args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # --- log and save
+        seconds = time.time() - step_time
+        metrics({"step": step, "loss": loss_sum / total, "lr": lr, "grad_norm": norm.item(), "tokens": total,
+                 "seconds": seconds})
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss_sum / total:.3f}", lr=f"{lr:.1e}")
+        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1}, rank)
+        if stopping:
+            break
+
+    # --- save
+    if rank == 0:
+        model.save_pretrained(out, tokenizer, extra=run)
+        print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
+               f"{time.time() - start_time:.0f} s")
+    return 130 if stop.requested else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")
