@@ -194,6 +194,32 @@ def _check(path, i, record, **kinds):
 _TEXT, _MAYBE = (str,), (str, type(None))
 
 
+def read_instructions(path, reference=False):
+    """instruction, input (optional); with `reference`, also the right answer under that key."""
+    records = [{"input": "", **r} for r in read_json(path)]
+    for i, r in enumerate(records):
+        _check(path, i, r, instruction=_TEXT, input=_MAYBE, **({"reference": _TEXT} if reference else {}))
+    return records
+
+
+def read_preferences(path):
+    """AlpacaFarm's pairs: instruction, input, output_1, output_2, preference (1 or 2; ties, 1.5, are left out and
+    counted, and so are pairs of equal texts: neither says which is better)."""
+    records, left_out = [], 0
+    for i, r in enumerate({"input": "", **r} for r in read_json(path)):
+        _check(path, i, r, instruction=_TEXT, input=_MAYBE, output_1=_TEXT, output_2=_TEXT, preference=(int, float))
+        if r["preference"] not in (1, 1.5, 2):
+            raise InputError(f"{path}: record {i}: 'preference' is {r['preference']}, expected 1, 2 or 1.5 (a tie)")
+        if r["preference"] == 1.5 or r["output_1"] == r["output_2"]:
+            left_out += 1
+        else:
+            records.append(r)
+    print(f"{path}: {len(records)} pairs; left out {left_out} ties and pairs of equal texts")
+    if not records:
+        raise InputError(f"{path}: no pair is left")
+    return records
+
+
 def read_demonstrations(path):
     """instruction, input (optional), output; a judgment, if there is one, becomes part of the prompt (Hindsight)."""
     records = [{"input": "", "judgment": None, **r} for r in read_json(path)]

@@ -258,9 +258,10 @@ class RewardModel(nn.Module):
             model = cls(config)
         return fill(model, read_weights(directory), directory, dtype, device)
 
-    def save_pretrained(self, directory, tokenizer=None, shard_bytes=5 * 2**30):
+    def save_pretrained(self, directory, tokenizer=None, shard_bytes=5 * 2**30, extra=None):
+        labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         save_checkpoint_dir(directory, self.config, self.state_dict(), "LlamaForSequenceClassification", tokenizer,
-                            shard_bytes, {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}})
+                            shard_bytes, {**labels, **(extra or {})})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,11 @@ cannot use. Both quote the words before the fault, because that is how a reader,
 import argparse
 import difflib
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
-from data import FORMATS, InputError, Tokenizer, format_prompt, join, read_json, units
-from model import DTYPES, LLaMA, gather_lists, generate, read_config, setup_distributed, write_json
+from data import FORMATS, InputError, Tokenizer, format_prompt, join, read_instructions, units, write_json_lines
+from model import DTYPES, LLaMA, gather_lists, generate, print0, read_config, setup_distributed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,3 +98,72 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
                        top_k=top_k, seed=seed, rows=rows, batch_size=batch_size, progress=bar.update) if rows else []
     texts = dict(gather_lists(zip(rows, [[tokenizer.decode_response(y) for y in ys] for ys in ids])))
     return [texts[i] for i in range(len(records))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="model directory in Hugging Face layout")
+    p.add_argument("--prompt", help="one instruction, answered on the terminal")
+    p.add_argument("--data", help="instructions, JSON or JSONL with the keys instruction and input (optional)")
+    p.add_argument("--out", help="where the answers to --data go, as JSONL")
+    p.add_argument("--judge", choices=JUDGES, help="judge the answers to --data against its key `reference`")
+    p.add_argument("--format", choices=FORMATS, help="prompt format (default: what the model's config.json records)")
+    p.add_argument("--n", type=int, default=1, help="answers to each instruction")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this mass")
+    p.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all)")
+    p.add_argument("--max-new-tokens", type=int, default=300, help="an answer is cut off here if it has not ended")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--batch-size", type=int, default=64, help="answers sampled side by side: what fits in memory")
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
+        raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
+    if args.judge and args.n > 1:
+        raise InputError(f"--judge takes one answer to each instruction, --n is {args.n}: sample first, then judge")
+    rank, world, device = setup_distributed(args.device)
+    if args.data:
+        records = read_instructions(args.data, reference=bool(args.judge))
+    else:
+        records = [{"instruction": args.prompt, "input": ""}]
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    config, raw = read_config(args.model)
+    tokenizer.check(config, args.model)
+    form = args.format or raw.get("prompt_format")
+    if form is None:
+        raise InputError(f"{args.model}/config.json does not record a prompt format: give --format, one of "
+                         f"{', '.join(FORMATS)}")
+    model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
+    texts = respond(model, tokenizer, records, form, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                    seed=args.seed, n=args.n, top_p=args.top_p, top_k=args.top_k, batch_size=args.batch_size,
+                    rank=rank, world=world)
+    if args.prompt:
+        print0("\n".join(texts[0]))
+        return 0
+    outputs = []
+    for r, ys in zip(records, texts):
+        r = {**r, "output": ys[0] if args.n == 1 else ys, "generator": str(args.model)}
+        if args.judge:
+            r["judgment"] = JUDGES[args.judge](r["output"], r["reference"])
+        outputs.append(r)
+    if rank == 0:
+        write_json_lines(args.out, outputs)
+        empty = sum(not y.strip() for ys in texts for y in ys)
+        print(f"{args.out}: {len(outputs)} records{f', {empty} answers are empty' if empty else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -27,7 +27,7 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downs
 from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
 from model import (DTYPES, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics, peak_memory,
-                   print0, read_config, save_resume, setup_distributed, write_json)
+                   print0, save_resume, setup_distributed, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's, for 8
@@ -92,15 +92,6 @@ def parse(argv):
             setattr(args, name, with_data if args.data else built_in)
     args.out = args.out or f"out/cut-{args.seed}"
     return args
-
-
-def sft_model(args):
-    """The SFT model that the built-in world starts from: made by train_sft.py, or found where it was left."""
-    argv = ["--seed", str(args.seed), "--judge", args.judge, "--out", f"out/sft-{args.seed}-{args.judge}"]
-    wanted = vars(train_sft.parse(argv))
-    if not Path(wanted["out"], "config.json").is_file() or read_config(wanted["out"])[1].get("run") != wanted:
-        train_sft.main(argv)
-    return wanted["out"]
 
 
 def judged_round(model, tokenizer, the_world, number, args, rank, world):
@@ -171,7 +162,7 @@ def main(argv=None):
         print0(f"training on {bad} negatives and {len(judged) - bad} positives")
         replay, test = [], []
     else:
-        args.model = args.model or sft_model(args)
+        args.model = args.model or train_sft.built_in(args.seed, args.judge)
         tokenizer = Tokenizer.from_pretrained(args.model)
         the_world = World(args.seed)
         replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]

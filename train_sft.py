@@ -23,12 +23,12 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
                   world_tokenizer)
 from losses import nll_token_loss
 from model import (DTYPES, Config, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics,
-                   print0, save_resume, setup_distributed, write_json)
+                   print0, save_resume, setup_distributed)
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
-DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 32), "lr": (2e-5, 4e-3), "steps": (-1, 3000),
-            "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256)}
+DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 16), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
+            "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256), "beta2": (0.999, 0.95)}
 
 
 def parse(argv):
@@ -47,6 +47,7 @@ def parse(argv):
     p.add_argument("--micro-batch-size", type=int, help="examples a forward pass: what fits in memory (default 4)")
     p.add_argument("--lr", type=float, help="peak learning rate (default 2e-5)")
     p.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine decay")
+    p.add_argument("--beta2", type=float, help="AdamW's decay of squared gradients (default 0.999)")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
     p.add_argument("--seed", type=int, default=0, help="seed of the world, the weights and the order of the data")
     # machine
@@ -60,6 +61,18 @@ def parse(argv):
             setattr(args, name, with_data if args.data else built_in)
     args.out = args.out or f"out/sft-{args.seed}-{args.judge}"
     return args
+
+
+def built_in(seed, judge):
+    """The directory of the built-in world's SFT model, which the other scripts start from: made when it is not there
+    yet, or was made with other settings."""
+    argv = ["--seed", str(seed), "--judge", judge]
+    args = vars(parse(argv))
+    found = json.loads(p.read_text()) if (p := Path(args["out"], "config.json")).is_file() else {}
+    if found.get("run") != args or found.get("steps_done") != args["steps"]:
+        if main(argv):
+            raise SystemExit(130)                                           # stopped by the user
+    return args["out"]
 
 
 def main(argv=None):
@@ -97,8 +110,9 @@ def main(argv=None):
         model = LLaMA.from_pretrained(args.model, dtype, device)
         tokenizer.check(model.config, args.model)
     else:
-        model = LLaMA(Config(vocab_size=tokenizer.vocab_size)).to(device, dtype)
-    optimizer = make_optimizer(model)
+        # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is about 1 / sqrt(96).
+        model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
+    optimizer = make_optimizer(model, betas=(0.9, args.beta2))
     start = load_resume(out / "resume.pt", model, optimizer)["step"] if args.resume else 0
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     metrics = open_metrics(out / "metrics.jsonl", start, rank)
@@ -146,9 +160,10 @@ def main(argv=None):
 
     # --- save
     if rank == 0:
-        model.save_pretrained(out, tokenizer, extra=run)
-        print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
-               f"{time.time() - start_time:.0f} s")
+        model.save_pretrained(out, tokenizer, extra={**run, "steps_done": step + 1})
+    all_sum([0], device)                                                    # the others wait until the model is there
+    print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
+           f"{time.time() - start_time:.0f} s")
     return 130 if stop.requested else 0
 
 
