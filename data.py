@@ -145,8 +145,8 @@ def format_prompt(record, form, judgment=None):
 # Readers
 
 
-def read_json(path):
-    """A JSON list of objects or JSON Lines -> list of dicts."""
+def read_json(path, empty=False):
+    """A JSON list of objects or JSON Lines -> list of dicts. No record at all is an error, unless `empty`."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -168,7 +168,7 @@ def read_json(path):
     for i, r in enumerate(records):
         if not isinstance(r, dict):
             raise InputError(f"{path}: record {i} is {type(r).__name__}, not an object with keys")
-    if not records:
+    if not records and not empty:
         raise InputError(f"{path}: holds no records")
     return records
 
@@ -307,6 +307,8 @@ class Example(NamedTuple):
 def encode(tokenizer, records, form, max_length, hindsight=False):
     """Records -> Examples; over-long ones are left out, counted and printed (cutting them would cost either the
     instruction or EOS). With hindsight the judgment, if any, becomes part of the one prompt: (x, j-) -> y."""
+    if not records:
+        raise InputError("there is no record to train on: none is left after the recipe or the filters")
     examples, too_long = [], []
     for i, r in enumerate(records):
         judgment = r.get("judgment")

@@ -7,7 +7,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -76,20 +75,128 @@ def token_words(pieces):
     return words + [len(spans)]
 
 
-def detection(tokenizer, examples, flags, records):
-    """Precision and recall of flagged words against the words that are truly wrong, over all bad responses.
+def detection(tokenizer, detected, judged):
+    """Flagged words against truly wrong words, over all bad responses: {"precision", "recall", "flagged"}.
 
-    flags: for each example a bool tensor over its tokens; a word counts as flagged if one of its tokens is."""
+    detected: {record id: flags of the tokens of its response}; a word counts as flagged if one of its tokens is.
+    judged: records with output and reference. "flagged" is the share of tokens. A rate of nothing is 0."""
     hit = flagged = wrong = 0
-    for e, f, r in zip(examples, flags, records):
-        words = token_words(tokenizer.pieces(e.response))
-        chosen = {w for w, on in zip(words, f.tolist()) if on}
-        truth = wrong_words(r["output"], r["reference"])
-        hit, flagged, wrong = hit + len(chosen & truth), flagged + len(chosen), wrong + len(truth)
-    return hit / max(1, flagged), hit / max(1, wrong)
+    for r in judged:
+        if str(r["id"]) in detected:
+            on = detected[str(r["id"])].tolist()
+            words = token_words(tokenizer.pieces(tokenizer.encode_response(r["output"])))
+            chosen, truth = {w for w, f in zip(words, on) if f}, wrong_words(r["output"], r["reference"])
+            hit, flagged, wrong = hit + len(chosen & truth), flagged + len(chosen), wrong + len(truth)
+    tokens = sum(len(f) for f in detected.values())
+    return {"precision": hit / max(1, flagged), "recall": hit / max(1, wrong),
+            "flagged": sum(f.sum().item() for f in detected.values()) / max(1, tokens)}
 
 
 def mark(pieces, flags):
     """The response as text, with flagged tokens in brackets."""
-    return "".join(re.sub(r"(\s*)(.*)", r"\1[\2]", p) if on else p for p, on in zip(pieces, flags)
+    return "".join(re.sub(r"^(\s*)(.*)$", r"\1[\2]", p) if on else p for p, on in zip(pieces, flags)
                    if on or p != "</s>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands
+
+# name in the table: the flags that make train_cut.py that method. All take the same number of updates of the same size,
+# with the same replay, on instructions from the same streams.
+METHODS = {
+    "SFT on more demonstrations": ["--recipe", "sft"],
+    "unlikelihood on every token": ["--flags", "all"],
+    "expert iteration, same judge": ["--recipe", "expert"],
+    "Hindsight (L2 alone)": ["--recipe", "hindsight"],
+    "CUT offline": ["--offline"],
+    "CUT": [],
+    "CUT, frozen flags (ours)": ["--flags", "frozen"],
+    "SFT on the answer that the judgment states": ["--recipe", "corrected"],
+}
+
+
+def gap_closed(results):
+    """Share of the way from the SFT model's exact match to 1 that the last round has come."""
+    sft = results["sft"]["exact_match"]
+    return (results["rounds"][-1]["exact_match"] - sft) / (1 - sft)
+
+
+def compare(args):
+    """Runs train_cut.py once for every method and seed (finished runs are kept) and prints the table."""
+    rows = {}
+    for name, flags in METHODS.items():
+        if "corrected" in flags and args.judge == "points":                 # this judge never states an answer
+            continue
+        for seed in args.seeds:
+            out = Path(args.out) / args.judge / f"{seed}-{'-'.join(flags).replace('--', '') or 'cut'}"
+            if not (out / "results.json").is_file():
+                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+                subprocess.run([sys.executable, str(Path(__file__).with_name("train_cut.py")), "--seed", str(seed),
+                                "--judge", args.judge, "--split", args.split, "--out", str(out), *flags],
+                               check=True, stdout=subprocess.DEVNULL)
+            rows.setdefault(name, []).append(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    print(f"judge {args.judge}: exact match on the {args.split} split after each round, one column a seed; gap closed "
+          "after the last round, mean and standard error over seeds")
+    print(f"| | {' | '.join(f'seed {s}' for s in args.seeds)} | gap closed |")
+    print("|---" * (len(args.seeds) + 2) + "|")
+    sft = [f"{r['sft']['exact_match']:.3f}" for r in next(iter(rows.values()))]
+    print(f"| SFT (start) | {' | '.join(sft)} | |")
+    for name, runs in rows.items():
+        cells = [" ".join(f"{x['exact_match']:.3f}".lstrip("0") for x in r["rounds"]) for r in runs]
+        mean, se = mean_and_se([gap_closed(r) for r in runs])
+        print(f"| {name} | {' | '.join(cells)} | {mean:.2f} +- {se:.2f} |")
+    first = [r["rounds"][0] for r in rows["CUT"]]
+    for what in ("precision", "recall"):
+        print(f"detection before round 1: {what} {' '.join(f'{r[what]:.3f}' for r in first)}")
+    return 0
+
+
+def evaluate_world(args):
+    """Exact match and errors of a model on the built-in world; with --against, its win rate."""
+    rank, world, device = setup_distributed(args.device)
+    found = []
+    for directory in filter(None, (args.model, args.against)):
+        tokenizer = Tokenizer.from_pretrained(directory)
+        config, raw = read_config(directory)
+        tokenizer.check(config, directory)
+        seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
+        records = World(seed).instructions(args.split, 800)
+        model = LLaMA.from_pretrained(directory, device=device)
+        _, errors = answer_errors(model, tokenizer, records, raw.get("prompt_format", "short"), rank, world)
+        exact, se = mean_and_se([float(e == 0) for e in errors])
+        print0(f"{directory}: {len(errors)} {args.split} instructions of world {seed}: exact match {exact:.3f} +- {se:.3f}"
+               f", errors per response {sum(errors) / len(errors):.3f}")
+        found.append(errors)
+    if args.against:
+        wins, se = win_rate(*found)
+        print0(f"win rate against {args.against}: {wins:.3f} +- {se:.3f}")
+    return 0
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", nargs="?", choices=("world", "compare"), default="world", help="default: world")
+    p.add_argument("--model", help="model directory")
+    p.add_argument("--against", help="a second one, for a win rate (fewer errors wins, ties count half)")
+    p.add_argument("--seed", type=int, help="seed of the world (default: the one that the model was trained in)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="compare: world and model seeds")
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="compare: what the judge says")
+    p.add_argument("--split", choices=("test", "validation"), default="test", help="of the world's instructions")
+    p.add_argument("--out", default="out/compare", help="compare: folder of the runs")
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    args = p.parse_args(argv)
+    if args.command == "world" and not args.model:
+        raise InputError("give --model DIR, or the command compare")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    return {"world": evaluate_world, "compare": compare}[args.command](args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import train_sft
-from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downsample_positives, encode, read_json,
-                  read_judged, split, write_json_lines)
+from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downsample_positives, encode,
+                  read_json, read_judged, split, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
 from model import (DTYPES, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics, peak_memory,
@@ -106,7 +106,8 @@ def judged_round(model, tokenizer, the_world, number, args, rank, world):
 
 
 def pair_batch(part, weight, flags, args, device):
-    """Bad responses, each read twice: (tokens, targets, token_loss), the first two with an entry for each reading.
+    """Bad responses, each read twice: (tokens, targets, token_loss, flags given or None), the first two with an entry
+    for each reading. `flags` holds those decided beforehand, if any: {example id: (response tokens,) bool}.
 
     Only the prompts differ, so the two readings have the same N response tokens in the same order; their positions
     differ, which is why everything is gathered by response token and never by position."""
@@ -115,21 +116,18 @@ def pair_batch(part, weight, flags, args, device):
     w = token_weights(part, [weight] * len(part), args.dtype, device)       # (N,)
     given = torch.cat([flags[e.id] for e in part]).to(device) if flags else None        # (N,)
 
-    def flagged(logp, s=slice(None)):
-        return given[s] if flags else detect(logp[0], logp[1], args.lam)
-
     def token_loss(logp, s):                                                # logp (2, n), of the tokens s of the N
-        return w[s] * cut_token_loss(logp[0], logp[1], flagged(logp, s), args.alpha, args.gamma)
+        flagged = detect(logp[0], logp[1], args.lam) if given is None else given[s]
+        return w[s] * cut_token_loss(logp[0], logp[1], flagged, args.alpha, args.gamma)
 
-    token_loss.flagged = flagged
-    return [judged[0], plain[0]], [judged[1], plain[1]], token_loss
+    return [judged[0], plain[0]], [judged[1], plain[1]], token_loss, given
 
 
 def single_batch(part, device, dtype):
-    """Rows that get plain likelihood, good responses (Align-P) and replay: part of (example, weight)."""
+    """Rows that get plain likelihood, good responses (Align-P) and replay; part holds (example, weight) pairs."""
     tokens, targets = collate([(e.prompt, e.response) for e, _ in part], device)
     w = token_weights([e for e, _ in part], [weight for _, weight in part], dtype, device)
-    return tokens, targets, lambda logp, s: -w[s] * logp[0]
+    return tokens, targets, lambda logp, s: -w[s] * logp[0], None
 
 
 def token_weights(examples, weights, dtype, device):
@@ -137,6 +135,29 @@ def token_weights(examples, weights, dtype, device):
     lengths = torch.tensor([len(e.response) for e in examples])
     wide = torch.float64 if dtype == "float64" else torch.float32
     return (torch.tensor(weights, dtype=wide) / lengths).repeat_interleave(lengths).to(device)
+
+
+def table(results):
+    """results.json as text, a line a round."""
+    lines = ["round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds",
+             f"SFT          {results['sft']['exact_match']:.3f}   {results['sft']['errors']:.3f}"]
+    for i, r in enumerate(results["rounds"], 1):
+        lines.append(f"{i:<5}        {r['exact_match']:.3f}   {r['errors']:.3f}    {r['win_rate']:.3f} +- "
+                     f"{r['win_rate_se']:.3f}      {r['precision']:.3f}   {r['recall']:.3f}    {r['flagged']:.3f}  "
+                     f"{r['seconds']:7.1f}")
+    lines.append("precision, recall and flagged: of the round's bad responses, with the model as the round began; "
+                 f"{results['seconds']:.0f} s in all, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB")
+    return "\n".join(lines)
+
+
+def examples_marked(tokenizer, detected, judged, count=2):
+    """What CUT sees: sampled responses of the last round, the flagged tokens in brackets."""
+    lines = ["", "two responses of the last round; in brackets the tokens that the judgment made more than lambda times "
+             "as likely"]
+    for r in [r for r in judged if r["id"] in detected and detected[r["id"]].any()][:count]:
+        marked = mark(tokenizer.pieces(tokenizer.encode_response(r["output"])), detected[r["id"]].tolist())
+        lines.append(f"  instruction  {r['instruction']}\n  judgment     {r['judgment']}\n  response     {marked}\n")
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -182,8 +203,9 @@ def main(argv=None):
         position = load_resume(out / "resume.pt", model, optimizer)
         results["rounds"] = json.loads(position["results"])
     elif rank == 0:
-        for old in out.glob("round-*.jsonl"):
+        for old in [*out.glob("round-*.jsonl"), *out.glob("flags-*.jsonl")]:
             old.unlink()
+    all_sum([0], device)                                                    # no rank may find an old file
     metrics = open_metrics(out / "metrics.jsonl", position["round"] * args.steps + position["step"], rank)
     run = {"prompt_format": args.format, "run": vars(args)}
 
@@ -201,14 +223,20 @@ def main(argv=None):
             judged = read_json(out / f"round-{number}.jsonl")
         examples = encode(tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length,
                           hindsight=args.recipe == "hindsight")
-        flags, found = {}, {}
+        flags = {}
         if args.flags == "all":
-            flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples}
+            flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
         if test or args.flags == "frozen":
-            bad = encode(tokenizer, [r for r in judged if r["judgment"]], args.format, args.max_length)
-            detected = [detect(*logp, args.lam) for logp in pair_logp(model, bad, device)]
-            if args.flags == "frozen":
-                flags = {e.id: f for e, f in zip(bad, detected)}
+            path = out / f"flags-{number}.jsonl"                            # kept, because a resumed run's model has moved
+            if not (start and path.is_file()):
+                bad = [r for r in judged if r["judgment"] is not None]
+                bad = encode(tokenizer, bad, args.format, args.max_length) if bad else []
+                detected = [detect(*logp, args.lam).tolist() for logp in pair_logp(model, bad, device)]
+                if rank == 0:
+                    write_json_lines(path, [{"id": e.id, "flags": f} for e, f in zip(bad, detected)])
+                all_sum([0], device)
+            detected = {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
+            flags = detected if args.flags == "frozen" else flags
         batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
         replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number) if replay else None
         steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
@@ -229,13 +257,13 @@ def main(argv=None):
             micro = [pair_batch(part, 1 / len(batch), flags, args, device) for part in split(pairs, args.micro_batch_size)]
             micro += [single_batch(part, device, args.dtype) for part in split(singles, 2 * args.micro_batch_size)]
             loss_sum, seen = 0.0, torch.zeros(5, device=device)
-            for i, (tokens, targets, token_loss) in enumerate(micro):
+            for i, (tokens, targets, token_loss, given) in enumerate(micro):
                 wrapped.require_backward_grad_sync = i == len(micro) - 1
                 loss, logp = wrapped(tokens, targets, token_loss)           # already a mean over the step's examples
                 (loss * world).backward()                                   # DDP averages over ranks: hence * world
                 loss_sum += loss.item()
                 if len(logp) == 2:
-                    seen += detection_sums(*logp, token_loss.flagged(logp))
+                    seen += detection_sums(*logp, detect(*logp, args.lam) if given is None else given)
             loss_sum, stopping, *seen = all_sum([loss_sum, stop.requested, *seen.tolist()], device)
             if not math.isfinite(loss_sum):
                 raise FloatingPointError(f"step {step}: the loss is {loss_sum}; examples {[e.id for e in batch]}")
@@ -265,14 +293,12 @@ def main(argv=None):
         # --- evaluate
         if test:
             _, errors = answer_errors(model, tokenizer, test, args.format, rank, world)
-            wins, se = win_rate(errors, sft_errors)
-            bad_records = [r for r in judged if r["judgment"]]
-            precision, recall = detection(tokenizer, bad, detected, bad_records)
             results["rounds"].append({
-                "exact_match": exact_match(errors), "errors": sum(errors) / len(test), "win_rate": wins,
-                "win_rate_se": se, "precision": precision, "recall": recall,
-                "flagged": torch.cat(detected).float().mean().item(), "seconds": time.time() - round_time})
-            print0(results["rounds"][-1])
+                "exact_match": exact_match(errors), "errors": sum(errors) / len(test),
+                **dict(zip(("win_rate", "win_rate_se"), win_rate(errors, sft_errors))),
+                **detection(tokenizer, detected, judged), "seconds": time.time() - round_time})
+            save_resume(out / "resume.pt", model, optimizer,
+                        {"round": number + 1, "step": 0, "results": json.dumps(results["rounds"])}, rank)
 
     # --- save
     if rank == 0:
@@ -280,7 +306,9 @@ def main(argv=None):
     if test and rank == 0:
         results.update(seconds=time.time() - start_time, peak_memory_bytes=peak_memory(device))
         write_json(out / "results.json", results)
-        print(results)
+        print(table(results))
+        if args.flags != "all" and results["rounds"]:
+            print(examples_marked(tokenizer, detected, judged))
     print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
            f"{time.time() - start_time:.0f} s")
     return 130 if stop.requested else 0
