@@ -26,10 +26,7 @@ import sentencepiece
 import torch
 
 from losses import IGNORE
-
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, where and what to do about it."""
+from model import InputError, read_config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,12 +54,16 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory):
+        """The tokenizer of a model directory, checked against its config.json: before any weights are read."""
+        config, _ = read_config(directory, quiet=True)
         path = Path(directory) / "tokenizer.model"
         if not path.is_file():
             other = " (its tokenizer.json is of another kind)" if (path.parent / "tokenizer.json").is_file() else ""
             raise InputError(f"{path}: no sentencepiece tokenizer here{other}: LLaMA and LLaMA 2 checkpoints have one, "
                              "LLaMA 3's do not")
-        return cls(path.read_bytes(), path)
+        tokenizer = cls(path.read_bytes(), path)
+        tokenizer.check(config, directory)
+        return tokenizer
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -75,7 +76,7 @@ class Tokenizer:
         return cls(out.getvalue())
 
     def check(self, config, source):
-        """The model must have a row of embeddings for every id that this tokenizer can give."""
+        """The model must have a row of embeddings for every id that this tokenizer can give; else InputError."""
         if self.vocab_size > config.vocab_size:
             raise InputError(f"{source}: the tokenizer has {self.vocab_size} pieces, the model's vocabulary only "
                              f"{config.vocab_size}: they do not belong together")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, Tokenizer, World, collate, units
+from data import InputError, Tokenizer, World, collate
 from model import LLaMA, print0, read_config, setup_distributed
 from simulate import JUDGES, count_errors, respond, wrong_words
 
@@ -157,8 +157,7 @@ def evaluate_world(args):
     found = []
     for directory in filter(None, (args.model, args.against)):
         tokenizer = Tokenizer.from_pretrained(directory)
-        config, raw = read_config(directory)
-        tokenizer.check(config, directory)
+        _, raw = read_config(directory, quiet=True)
         seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
         records = World(seed).instructions(args.split, 800)
         model = LLaMA.from_pretrained(directory, device=device)

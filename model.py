@@ -29,6 +29,11 @@ import torch.nn.functional as F
 
 from losses import IGNORE, fused_logp, fused_loss
 
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, where and what to do about it. The scripts
+    print it as one line; any other exception is a bug of ours and keeps its traceback."""
+
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -209,7 +214,7 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Opens a Hugging Face LLaMA directory. Raises ValueError, naming the file, for anything else."""
+        """Opens a Hugging Face LLaMA directory. Raises InputError, naming the file, for anything else."""
         config, _ = read_config(directory)
         with torch.device("meta"):
             model = cls(config)
@@ -403,22 +408,23 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
 # Checkpoints in Hugging Face layout
 
 
-def read_config(directory):
-    """config.json -> (Config, the raw dict). Absent keys take the documented LLaMA default and are printed; a value
-    that this network does not implement raises ValueError, because ignoring it would load a different function."""
+def read_config(directory, quiet=False):
+    """config.json -> (Config, the raw dict). Absent keys take the documented LLaMA default and, unless quiet, are
+    printed; a value that this network does not implement raises InputError, because ignoring it would load another
+    function."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory}: no config.json: not a Hugging Face model directory")
+        raise InputError(f"{directory}: no config.json: not a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: not JSON ({error})") from None
 
     def refuse(key, value, expected):
-        raise ValueError(f"{path}: {key} is {value!r}; this LLaMA implements {expected}")
+        raise InputError(f"{path}: {key} is {value!r}; this LLaMA implements {expected}")
 
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a JSON {type(raw).__name__}, expected an object")
+        raise InputError(f"{path}: a JSON {type(raw).__name__}, expected an object")
     if raw.get("model_type") != "llama":
         refuse("model_type", raw.get("model_type"), "'llama' only")
     rope = dict(raw.get("rope_parameters") or {})           # transformers 5 nests them; older files have rope_theta
@@ -451,10 +457,10 @@ def read_config(directory):
                         rms_norm_eps=get("rms_norm_eps", 1e-6), initializer_range=get("initializer_range", 0.02),
                         tie_word_embeddings=get("tie_word_embeddings", False))
     except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
+        raise InputError(f"{path}: the key {error} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if missing:
+        raise InputError(f"{path}: {error}") from None
+    if missing and not quiet:
         print0(f"{path}: absent, so the LLaMA defaults hold: {', '.join(missing)}")
     return config, raw
 
@@ -467,22 +473,22 @@ def read_safetensors(path):
     """A safetensors file: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the raw
     little-endian numbers. Returns {name: tensor}; the tensors are views of the mapped file, so nothing is read yet."""
     if os.path.getsize(path) < 8:
-        raise ValueError(f"{path}: {os.path.getsize(path)} bytes are no safetensors file: download it again")
+        raise InputError(f"{path}: {os.path.getsize(path)} bytes are no safetensors file: download it again")
     with open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)             # private pages: a write copies, on demand
     size = int.from_bytes(data[:8], "little")
     try:
         header = dict(json.loads(data[8:8 + size]))
     except ValueError:
-        raise ValueError(f"{path}: not a safetensors file (its header is not a JSON object)") from None
+        raise InputError(f"{path}: not a safetensors file (its header is not a JSON object)") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(SAFETENSORS_DTYPES)}")
+            raise InputError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(SAFETENSORS_DTYPES)}")
         dtype, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
         if 8 + size + end > len(data):
-            raise ValueError(f"{path}: {name} ends at byte {8 + size + end} of {len(data)}: the file is cut short")
+            raise InputError(f"{path}: {name} ends at byte {8 + size + end} of {len(data)}: the file is cut short")
         count = (end - begin) // dtype.itemsize
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + begin) if count else torch.zeros(0)
         tensors[name] = flat.view(entry["shape"])
@@ -530,12 +536,12 @@ def read_weights(directory):
             state = {}
             for shard in sorted(set(weight_map.values())):
                 if not (d / shard).is_file():
-                    raise ValueError(f"{index}: names {shard}, which is not there: download it again")
+                    raise InputError(f"{index}: names {shard}, which is not there: download it again")
                 state.update(read(d / shard))
             if absent := sorted(set(weight_map) - set(state)):
-                raise ValueError(f"{index}: {absent[0]} is in none of the shards")
+                raise InputError(f"{index}: {absent[0]} is in none of the shards")
             return state
-    raise ValueError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
+    raise InputError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
 
 
 def read_bin(path):
@@ -543,7 +549,7 @@ def read_bin(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from None
 
 
 def fill(model, state, directory, dtype, device):
@@ -552,12 +558,12 @@ def fill(model, state, directory, dtype, device):
     state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}      # a buffer of old files
     wanted = model.state_dict()
     if absent := sorted(set(wanted) - set(state)):
-        raise ValueError(f"{directory}: lacks {len(absent)} of {len(wanted)} weights, {absent[0]} for one")
+        raise InputError(f"{directory}: lacks {len(absent)} of {len(wanted)} weights, {absent[0]} for one")
     if unknown := sorted(set(state) - set(wanted)):
-        raise ValueError(f"{directory}: {unknown[0]} is no weight of this model")
+        raise InputError(f"{directory}: {unknown[0]} is no weight of this model")
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
-            raise ValueError(f"{directory}: {name} has shape {list(state[name].shape)}, config.json says "
+            raise InputError(f"{directory}: {name} has shape {list(state[name].shape)}, config.json says "
                              f"{list(tensor.shape)}")
     model.load_state_dict({name: state[name].to(device, dtype) for name in wanted}, assign=True)
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):

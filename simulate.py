@@ -93,7 +93,7 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
     """Answers every record: a list with n texts for each, the same on all ranks and for any number of ranks."""
     rows = list(range(len(records)))[rank::world]
     prompts = [tokenizer.encode_prompt(format_prompt(records[i], form)) for i in rows]
-    with tqdm(total=n * len(rows), desc=label, disable=rank > 0, leave=False, unit="response") as bar:
+    with tqdm(total=n * len(rows), desc=label, disable=rank > 0, leave=False, unit="response", delay=1) as bar:
         ids = generate(model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
                        top_k=top_k, seed=seed, rows=rows, batch_size=batch_size, progress=bar.update) if rows else []
     texts = dict(gather_lists(zip(rows, [[tokenizer.decode_response(y) for y in ys] for ys in ids])))
@@ -136,8 +136,7 @@ def main(argv=None):
     else:
         records = [{"instruction": args.prompt, "input": ""}]
     tokenizer = Tokenizer.from_pretrained(args.model)
-    config, raw = read_config(args.model)
-    tokenizer.check(config, args.model)
+    _, raw = read_config(args.model, quiet=True)
     form = args.format or raw.get("prompt_format")
     if form is None:
         raise InputError(f"{args.model}/config.json does not record a prompt format: give --format, one of "

@@ -134,7 +134,6 @@ def main(argv=None):
         args.model = args.model or train_sft.built_in(args.seed, "corrects")
         tokenizer = Tokenizer.from_pretrained(args.model)
     policy = LLaMA.from_pretrained(args.model, dtype, device)
-    tokenizer.check(policy.config, args.model)
     if not args.data:
         the_world = World(args.seed)
         records = world_preferences(policy, tokenizer, the_world.instructions("train", 4000, "preferences"), args,

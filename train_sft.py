@@ -108,7 +108,6 @@ def main(argv=None):
     # --- model and optimizer
     if args.model:
         model = LLaMA.from_pretrained(args.model, dtype, device)
-        tokenizer.check(model.config, args.model)
     else:
         # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is about 1 / sqrt(96).
         model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
