@@ -14,6 +14,7 @@ One judged record on its way (format `short`; CUT's own format only has longer h
 
 File formats are JSON lists or JSON Lines; unknown keys are kept. judgment null means that nothing is wrong.
 """
+import codecs
 import io
 import json
 import random
@@ -82,13 +83,45 @@ class Tokenizer:
                              f"{config.vocab_size}: they do not belong together")
 
     def save(self, directory):
-        d = Path(directory)
+        """Writes tokenizer.model and, for transformers and vLLM, the same as tokenizer.json with its config."""
+        d, piece, special = Path(directory), self.sp.id_to_piece, (self.bos, self.eos, self.sp.unk_id())
         (d / "tokenizer.model").write_bytes(self.serialized)
-        piece = self.sp.id_to_piece
-        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-                  "bos_token": piece(self.bos), "eos_token": piece(self.eos), "unk_token": piece(self.sp.unk_id()),
-                  "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                  **dict(zip(("bos_token", "eos_token", "unk_token"), map(piece, special)))}
         (d / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (d / "tokenizer.json").write_text(json.dumps(self._as_json(), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _as_json(self):
+        """This BPE model in the layout of the `tokenizers` library: pieces, merges in order of their rank, and rules that
+        put one space in front, write spaces as sentencepiece does, and fall back to bytes."""
+        ids = range(self.vocab_size)
+        vocab = {self.sp.id_to_piece(i): i for i in ids}
+        merges = []
+        for piece, i in vocab.items():
+            if not (self.sp.is_control(i) or self.sp.is_byte(i) or self.sp.is_unknown(i)):
+                halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+                merges += [(-self.sp.get_score(i), vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab]
+        bos, space = self.sp.id_to_piece(self.bos), "\u2581"
+        with_bos = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        return {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": self.sp.id_to_piece(i), "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": False, "special": True}
+                             for i in ids if self.sp.is_control(i) or self.sp.is_unknown(i)],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": space},
+                {"type": "Replace", "pattern": {"String": " "}, "content": space}]},
+            "pre_tokenizer": None,
+            "post_processor": {"type": "TemplateProcessing", "single": with_bos,
+                               "pair": [*with_bos, {"Sequence": {"id": "B", "type_id": 1}}],
+                               "special_tokens": {bos: {"id": bos, "ids": [self.bos], "tokens": [bos]}}},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": space}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                      "byte_fallback": True, "vocab": vocab, "merges": [[a, b] for *_, a, b in sorted(merges)]},
+        }
 
     def encode_prompt(self, text):
         return [self.bos] + self.sp.encode(text)
@@ -102,8 +135,11 @@ class Tokenizer:
         return self.sp.decode(self.newline + [i for i in ids if i != self.eos])[1:]
 
     def pieces(self, ids):
-        """The text of each id on its own, for marking tokens (EOS as </s>)."""
-        return [self.sp.id_to_piece(i).replace("\u2581", " ") for i in ids]
+        """The text of each id on its own, for marking tokens; joined they are the text. A character of several byte
+        pieces stands at the last of them; EOS is </s>."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(bytes([int(piece[3:5], 16)])) if self.sp.is_byte(i) else piece.replace("\u2581", " ")
+                for i, piece in zip(ids, map(self.sp.id_to_piece, ids))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,9 +163,7 @@ FORMATS = {
 
 
 def format_prompt(record, form, judgment=None):
-    """The prompt of a record in a named format; with a judgment, the one that tells it in advance (x, j-).
-
-    Text is put in by slicing the template at its fields, so that braces in a text are only text."""
+    """The prompt of a record in a named format; with a judgment, the one that tells it in advance (x, j-)."""
     plain, with_input, judged = FORMATS[form]
     instruction, extra = record["instruction"], record.get("input") or ""
     template = plain if judgment is None else judged
@@ -137,8 +171,13 @@ def format_prompt(record, form, judgment=None):
         template = with_input
     elif extra:
         instruction = f"{instruction}\n{extra}"
-    fields = {"instruction": instruction, "input": extra, "judgment": judgment}
-    parts = re.split(r"\{(instruction|input|judgment)\}", template)         # text, field, text, field, ..., text
+    return fill_in(template, instruction=instruction, input=extra, judgment=judgment)
+
+
+def fill_in(template, **fields):
+    """The template with its {fields} replaced. It is cut at its fields once, so whatever a text contains, braces and the
+    names of other fields included, stays text; str.replace one after the other would let a text capture the next."""
+    parts = re.split(r"\{(\w+)\}", template)                                # text, field, text, field, ..., text
     return "".join(fields[part] if i % 2 else part for i, part in enumerate(parts))
 
 
@@ -151,13 +190,16 @@ def read_json(path, empty=False):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
     try:
         if text.lstrip()[:1] == "[":
             records = json.loads(text)
         else:
             records = []
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     try:
                         records.append(json.loads(line))
@@ -188,7 +230,7 @@ def _check(path, i, record, **kinds):
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
             raise InputError(f"{path}: record {i}: {key!r} is {type(record[key]).__name__}, expected {names}")
     for key in ("instruction", "output"):
-        if key in kinds and not record[key].strip():
+        if key in kinds and isinstance(record[key], str) and not record[key].strip():
             raise InputError(f"{path}: record {i}: {key!r} is empty; leave such records out")
 
 
@@ -200,6 +242,31 @@ def read_instructions(path, reference=False):
     records = [{"input": "", **r} for r in read_json(path)]
     for i, r in enumerate(records):
         _check(path, i, r, instruction=_TEXT, input=_MAYBE, **({"reference": _TEXT} if reference else {}))
+    return records
+
+
+def read_outputs(path, reference=False):
+    """instruction, input (optional), output (a text); with `reference`, also the right answer under that key."""
+    records = [{"input": "", **r} for r in read_json(path)]
+    for i, r in enumerate(records):
+        _check(path, i, r, instruction=_TEXT, input=_MAYBE, output=_TEXT, **({"reference": _TEXT} if reference else {}))
+    return records
+
+
+def read_pairs(path):
+    """What `simulate.py prefer` compares: instruction, input (optional), and either output_1 and output_2 or a list of
+    texts `output`."""
+    records = [{"input": "", **r} for r in read_json(path)]
+    for i, r in enumerate(records):
+        several = "output" in r and "output_1" not in r
+        _check(path, i, r, instruction=_TEXT, input=_MAYBE)
+        _check(path, i, r, **({"output": (list,)} if several else {"output_1": _TEXT, "output_2": _TEXT}))
+        if several and not all(isinstance(text, str) for text in r["output"]):
+            raise InputError(f"{path}: record {i}: 'output' is a list of {len(r['output'])}, expected texts only")
+        if several != ("output" in records[0] and "output_1" not in records[0]):
+            raise InputError(f"{path}: record {i} is a pair and record 0 a list of outputs, or the reverse: use one kind")
+        if not several:
+            r.pop("output", None)
     return records
 
 
@@ -341,7 +408,7 @@ def collate(rows, device="cpu"):
     return tokens.to(device), targets.to(device)
 
 
-WINDOW, PIECES = 16, 8       # batches whose examples are sorted together; pieces of like length that make up a batch
+WINDOW, PIECES = 16, 4       # batches whose examples are sorted together; pieces of like length that make up a batch
 
 
 class Batches:
@@ -349,7 +416,7 @@ class Batches:
     sees what an undisturbed one would have seen, and the batch does not depend on how many ranks share it.
 
     Length-aware: an epoch is a permutation; within windows of it examples are sorted by length and cut into pieces of
-    batch_size / 8, the pieces are shuffled, and 8 in a row make a batch. So each batch mixes lengths (and with them
+    batch_size / 4, the pieces are shuffled, and 4 in a row make a batch. So each batch mixes lengths (and with them
     kinds of examples), yet most of its rows find neighbours to be padded with. The last batch of an epoch may be
     smaller; nothing is dropped."""
 
@@ -497,15 +564,15 @@ class World:
         """A demonstration with one to three of its facts exchanged for false ones or, one time in twenty, with a word
         lost or doubled: material for learning to read judgments."""
         words = units(output)
-        places = [i for i, w in enumerate(words) if any(w in (f.truth, f.misconception, *f.others)
-                                                        for f in (self.facts[k] for k in record["facts"]))]
+        places = [i for i, w in enumerate(units(record["answer"].replace("{}", "_"))) if w == "_"]
         if rng.random() < 0.05:
             i = rng.randrange(1, len(words) - 1)
             words[i:i + 1] = [] if rng.random() < 0.5 else [words[i]] * 2
             return join(words)
-        for i in rng.sample(places, min(len(places), rng.randint(1, 3))):
-            fact = next(f for f in (self.facts[k] for k in record["facts"]) if words[i] in (f.truth, f.misconception, *f.others))
-            words[i] = rng.choice([v for v in (fact.truth, fact.misconception, *fact.others) if v != words[i]])
+        for k in rng.sample(range(len(places)), min(len(places), rng.randint(1, 3))):
+            fact = self.facts[record["facts"][k]]
+            words[places[k]] = rng.choice([v for v in (fact.truth, fact.misconception, *fact.others)
+                                           if v != words[places[k]]])
         return join(words)
 
     def demonstrations(self, count, judge, stream="sft"):
@@ -542,8 +609,8 @@ def join(words):
     return re.sub(r" ([^\w\s])", r"\1", " ".join(words))
 
 
-def world_tokenizer(seed=0):
-    """The built-in world's tokenizer, trained on its wordings (the same for all seeds but for the facts' numbers)."""
+def world_tokenizer():
+    """The built-in world's tokenizer, trained on its wordings (the same for all seeds)."""
     texts = [w for w in (*POOLS["home"], *POOLS["food"], *POOLS["color"], *ANIMALS, *VERBS, *VERBS.values())]
     texts += [str(n) for n in range(1, 41)]
     texts += list(OPENERS) + list(ENDINGS) + ["what the past tense of is", "where it lives what it eats what color it has and",

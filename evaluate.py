@@ -66,11 +66,10 @@ def token_words(pieces):
     """For each token of a response the index of the word that it belongs to, in the order of data.units; the last
     token (EOS) has the index after the last word."""
     words, begin = [], 0
-    text = "".join(pieces[:-1])
-    spans = [m.span() for m in re.finditer(r"\w+|[^\w\s]", text)]
+    spans = [m.span() for m in re.finditer(r"\w+|[^\w\s]", "".join(pieces[:-1]))]
     for piece in pieces[:-1]:
-        middle = begin + len(piece) - 1                                     # pieces may begin with a space, none ends so
-        words.append(next((k for k, (a, b) in enumerate(spans) if a <= middle < b), len(spans)))
+        last = begin + max(0, len(piece) - 1)                               # pieces may begin with a space; a lone space,
+        words.append(next((k for k, (_, end) in enumerate(spans) if end > last), len(spans)))   # goes to the next word
         begin += len(piece)
     return words + [len(spans)]
 

@@ -1,21 +1,42 @@
-"""Responses and feedback: sampling from a model, and judges that say what is wrong with a response.
+"""Simulated feedback: responses from a model, and judgments or preferences from a judge. Four verbs, files in and out:
 
-  python simulate.py --model out/sft-0-corrects --prompt "Say what 7 plus 5 is."        answers one typed prompt
-  python simulate.py --model DIR --data instructions.json --out outputs.json            answers a file of instructions
-  python simulate.py --model DIR --data instructions.json --judge corrects --out judged.json      and judges the answers
+  sample   instructions -> outputs               from a model directory (--model) or an API (--api)
+  judge    outputs -> judged responses           for train_cut.py
+  prefer   pairs, or n outputs each -> preferences      for train_ppo.py; or two files -> a win rate
+  refine   judged responses -> better outputs    rewritten with the judgment in the prompt (ILF)
 
-The judges here know the right answer (`reference`) and compare word by word. `corrects` names the wrong word and the
-right one, `points` only the wrong one: the kind of judgment that is cheap to give, and that plain supervised learning
-cannot use. Both quote the words before the fault, because that is how a reader, and a small model, finds the place.
+  python simulate.py --model out/cut-0 --prompt "Say what 7 plus 5 is."          one typed prompt (sample is the default)
+  python simulate.py sample --model out/sft-0-corrects --data ask.json --n 4 --temperature 1 --out four.jsonl
+  python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
+  python simulate.py judge --data outputs.jsonl --by api --api http://localhost:8000/v1 --api-model NAME --out judged.jsonl
+
+Who judges (--by): `reference` knows the right answer and compares word by word; `simulated` stands in for AlpacaFarm's
+pool of API annotators, offline, with set accuracy and biases; `api` asks any OpenAI-compatible server; `model` asks a
+checkpoint of ours, prompted or fine-tuned (train_sft.py --recipe judge). The order of the file is: judges that know the
+truth; sampling; the API client; API judges and the 13 annotators; preferences with noise; the verbs.
 """
 import argparse
+import concurrent.futures
+import datetime
 import difflib
+import email.utils
+import hashlib
+import json
+import math
+import os
+import random
+import re
 import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
 
+import requests
 from tqdm import tqdm
 
-from data import FORMATS, InputError, Tokenizer, format_prompt, join, read_instructions, units, write_json_lines
-from model import DTYPES, LLaMA, gather_lists, generate, print0, read_config, setup_distributed
+from data import (FORMATS, Tokenizer, fill_in, format_prompt, join, read_instructions, read_judged,
+                  read_outputs, read_pairs, split, units, write_json_lines)
+from model import DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, write_json
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +76,8 @@ def judge_reference(response, reference, style="corrects", most=3):
         said = join(words[start:end])
         if not wrong:
             what = "Something is missing" if style == "points" else f"It leaves out {join(right)}"
-            sentences.append(f"{what} after {before}." if before else f"{what} before {join(words[begin:begin + 3])}.")
+            behind = join(words[begin:begin + 3]).rstrip(" .") or "the end"
+            sentences.append(f"{what} after {before}." if before else f"{what} before {behind}.")
         elif not right:
             sentences.append(f"It says {said} and {wrong} does not belong.")
         elif style == "points":
@@ -89,76 +111,693 @@ def corrected(response, reference, most=3):
 
 
 def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, seed, n=1, top_p=1.0, top_k=0,
-            batch_size=512, rank=0, world=1, label="sampling"):
-    """Answers every record: a list with n texts for each, the same on all ranks and for any number of ranks."""
+            batch_size=512, rank=0, world=1, numbers=None, label="sampling"):
+    """Answers every record: a list with n texts for each, the same on all ranks and for any number of ranks. `numbers`
+    are the records' numbers in their file (default 0, 1, 2, ...): randomness belongs to the number, so that a file can be
+    done in parts."""
+    numbers = range(len(records)) if numbers is None else numbers
     rows = list(range(len(records)))[rank::world]
     prompts = [tokenizer.encode_prompt(format_prompt(records[i], form)) for i in rows]
-    with tqdm(total=n * len(rows), desc=label, disable=rank > 0, leave=False, unit="response", delay=1) as bar:
+    with tqdm(total=n * len(rows), desc=label, disable=rank > 0 or not label, leave=False, unit="response",
+              delay=1) as bar:
         ids = generate(model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
-                       top_k=top_k, seed=seed, rows=rows, batch_size=batch_size, progress=bar.update) if rows else []
+                       top_k=top_k, seed=seed, rows=[numbers[i] for i in rows], batch_size=batch_size, progress=bar.update) if rows else []
     texts = dict(gather_lists(zip(rows, [[tokenizer.decode_response(y) for y in ys] for ys in ids])))
     return [texts[i] for i in range(len(records))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command
+# The API client: chat completions at any OpenAI-compatible address, to be left alone overnight
+
+# US dollars per million tokens (prompt, completion), with the date of the price. Names match exactly: a "gpt-4o" priced
+# as "gpt-4" would be off by ten. --price overrides.
+PRICES = {
+    "gpt-4o-mini": (0.15, 0.60, "2024-07"), "gpt-4o": (2.50, 10.00, "2024-10"), "gpt-4-turbo": (10.00, 30.00, "2024-04"),
+    "gpt-4": (30.00, 60.00, "2023-06"), "gpt-3.5-turbo": (0.50, 1.50, "2024-01"),
+}
+HUMAN_PRICE = 0.30           # dollars for one pair compared by a crowd worker (AlpacaFarm section 3.4)
+TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}    # worth another try
+FOR_ALL = {401, 403, 404}    # wrong key, no access, no such model or address: no call can succeed
+
+
+class Answer(NamedTuple):
+    text: str | None         # None: failed, for this reason
+    reason: str = ""
+
+
+def estimate_tokens(text):
+    """A rough count for estimates: four characters to a token."""
+    return len(text) // 4 + 1
+
+
+class Cache:
+    """Answers that have been paid for: a JSONL file that each is appended to, and flushed, as it comes. The key is a hash
+    of everything that decides the answer. A line torn by a crash is skipped, and its answer asked for again."""
+
+    def __init__(self, path):
+        self.path, self.answers, self.file = Path(path), {}, None
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.answers[entry["key"]] = entry["text"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+    @staticmethod
+    def key(*parts):
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def add(self, key, text):
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            self.file = open(self.path, "a", encoding="utf-8")
+            self.file.write("\n" if torn else "")
+        self.answers[key] = text
+        self.file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+class Client:
+    """Sends chat completions, a bounded number at once, and keeps every answer in a Cache: a second run, or one after a
+    crash, pays only for what is missing. Failures are never stored. The key is read from the environment by the caller
+    and shown nowhere: it is cut out of every message."""
+
+    def __init__(self, base_url, cache, key="", at_once=32, timeout=120.0, tries=8, price=None, max_cost=math.inf):
+        self.url, self.key, self.cache = base_url.rstrip("/") + "/chat/completions", key, cache
+        self.at_once, self.timeout, self.tries, self.price, self.max_cost = at_once, timeout, tries, price, max_cost
+        self.lock, self.local = threading.Lock(), threading.local()
+        self.stop, self.fatal = threading.Event(), ""
+        self.reserved = 0.0
+        self.stats = {"calls": 0, "answered": 0, "from_cache": 0, "retries": {}, "failed": {}, "prompt_tokens": 0,
+                      "completion_tokens": 0, "cost": 0.0}
+        if max_cost < math.inf and price is None:
+            raise InputError("--max-cost needs to know prices: give --price PROMPT COMPLETION (dollars per 1M tokens)")
+    def cost(self, prompt_tokens, completion_tokens):
+        return (prompt_tokens * self.price[0] + completion_tokens * self.price[1]) / 1e6 if self.price else 0.0
+
+    def missing(self, payloads):
+        """The payloads that are not in the cache, each once: {key: payload}."""
+        keyed = {Cache.key(self.url, p): p for p in payloads}
+        return {k: p for k, p in keyed.items() if k not in self.cache.answers}
+
+    def estimate(self, payloads):
+        """(calls, prompt tokens, most completion tokens, most dollars) of what would be sent."""
+        todo = self.missing(payloads).values()
+        prompt = sum(estimate_tokens(m["content"]) + 4 for p in todo for m in p["messages"])
+        completion = sum(p["max_tokens"] for p in todo)
+        return len(todo), prompt, completion, self.cost(prompt, completion)
+
+    def complete(self, payloads, label="asking"):
+        """Answers to all payloads, in order, each an Answer. Raises InputError for a fault that no call can escape,
+        after keeping what has come in."""
+        keys = [Cache.key(self.url, p) for p in payloads]
+        todo = self.missing(payloads)
+        self.stats["from_cache"] += len(set(keys)) - len(todo)
+        failures, kept = {}, 0
+        with tqdm(total=len(todo), desc=label, delay=1) as bar, \
+                concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
+            futures = {pool.submit(self._ask, payload): k for k, payload in todo.items()}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    answer = future.result()
+                    if answer.text is None:
+                        failures[futures[future]] = answer
+                    else:
+                        self.cache.add(futures[future], answer.text)
+                        kept += 1
+                    bar.update()
+            except BaseException:                                           # Ctrl-C: let go of the waiting threads
+                self.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if self.fatal:
+            raise InputError(f"{self.url}: {self.fatal} ({kept} answers of this run are kept in {self.cache.path})")
+        for answer in failures.values():
+            kind = answer.reason.split(":")[0]
+            self.stats["failed"][kind] = self.stats["failed"].get(kind, 0) + 1
+        return [Answer(self.cache.answers[k]) if k in self.cache.answers else failures[k] for k in keys]
+
+    def _ask(self, payload):
+        """One payload, tried until it is answered or hopeless. Runs in a thread."""
+        most = self.cost(sum(estimate_tokens(m["content"]) + 4 for m in payload["messages"]), payload["max_tokens"])
+        with self.lock:
+            if self.stats["cost"] + self.reserved + most > self.max_cost:
+                return Answer(None, f"not sent: --max-cost {self.max_cost} could be passed")
+            self.reserved += most
+        try:
+            seen = []
+            for attempt in range(self.tries):
+                if self.stop.is_set():
+                    return Answer(None, "not sent: stopped")
+                answer, fault, wait = self._once(payload)
+                if answer is not None:
+                    return answer
+                seen.append(fault)
+                with self.lock:
+                    self.stats["retries"][fault] = self.stats["retries"].get(fault, 0) + 1
+                # Exponential backoff with jitter, or what the server asks for: never less than it says.
+                self.stop.wait(max(wait, min(60.0, 0.5 * 2 ** attempt) * random.uniform(0.5, 1.0)))
+            return Answer(None, f"gave up: {self.tries} tries ended in {', '.join(sorted(set(seen)))}")
+        finally:
+            with self.lock:
+                self.reserved -= most
+
+    def _once(self, payload):
+        """One request: (Answer, "", 0) when that settles it, else (None, kind of fault, seconds the server asks for)."""
+        if not hasattr(self.local, "session"):
+            self.local.session = requests.Session()                         # one a thread, so that connections stay open
+            self.local.session.auth = self._sign
+        with self.lock:
+            self.stats["calls"] += 1
+        try:
+            r = self.local.session.post(self.url, json=payload, timeout=(10, self.timeout))
+        except requests.Timeout:
+            return None, "time-out", 0.0
+        except requests.RequestException:
+            return None, "dropped connection", 0.0
+        if r.status_code != 200:
+            said = re.sub(r"\s+", " ", self._hide(r.text))[:300]
+            if r.status_code in FOR_ALL or "insufficient_quota" in said:
+                self.fatal = f"HTTP {r.status_code}: {said}"
+                self.stop.set()
+                return Answer(None, self.fatal), "", 0.0
+            if r.status_code in TRANSIENT:
+                return None, f"HTTP {r.status_code}", retry_after(r.headers.get("Retry-After"))
+            return Answer(None, f"HTTP {r.status_code}: {said}"), "", 0.0
+        try:
+            body = r.json()
+            text, usage = body["choices"][0]["message"]["content"], body.get("usage") or {}
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None, "malformed answer", 0.0
+        if not isinstance(text, str) or not text.strip():
+            return None, "empty answer", 0.0
+        prompt = usage.get("prompt_tokens") or sum(estimate_tokens(m["content"]) for m in payload["messages"])
+        completion = usage.get("completion_tokens") or estimate_tokens(text)
+        with self.lock:
+            self.stats["answered"] += 1
+            self.stats["prompt_tokens"] += prompt
+            self.stats["completion_tokens"] += completion
+            self.stats["cost"] += self.cost(prompt, completion)
+        return Answer(text), "", 0.0
+
+    def _sign(self, request):
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+    def _hide(self, text):
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+def retry_after(value):
+    """Seconds that a Retry-After header asks for (a number or a date), at most ten minutes; 0 if it says nothing."""
+    try:
+        seconds = float(value)
+    except TypeError:
+        return 0.0
+    except ValueError:
+        try:
+            then = email.utils.parsedate_to_datetime(value)
+            seconds = (then - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+        except (ValueError, TypeError):
+            return 0.0
+    return min(600.0, max(0.0, seconds)) if math.isfinite(seconds) else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts of the API judges. Texts go in by fill_in and into messages of their own role, so no output can pose as another
+# field or close a message.
+
+JUDGE_SYSTEM = ("You review answers to instructions. If the answer is flawless, reply with the one word Perfect. "
+                "Otherwise say precisely what is wrong with it: name each fault, quote the place, and add no praise.")
+JUDGE_USER = "Instruction:\n{instruction}\n\nAnswer:\n{output}\n\nYour review:"
+REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\nWhat a reviewer said of it:\n{judgment}\n\n"
+               "Write the answer anew so that the reviewer would have nothing to object to. Give only the answer.")
+
+
+def read_judgment(text):
+    """A judge's reply as a judgment: None where it calls the answer perfect and says nothing else (models like to do so
+    in a whole sentence, which the published CUT data counts as criticism)."""
+    said = text.strip().strip("\"'*.! ").lower()
+    return None if re.fullmatch(r"((the|this) (response|answer) is |it is |it's )?perfect", said) else text.strip()
+
+
+def whole_instruction(record):
+    extra = record.get("input") or ""
+    return f"{record['instruction']}\n\n{extra}" if extra else record["instruction"]
+
+
+def chat(model, user, system="", **settings):
+    """The payload of one chat completion."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return {"model": model, "messages": [*messages, {"role": "user", "content": user}], **settings}
+
+
+class Annotator(NamedTuple):
+    """One prompted annotator of the pool. `slot` is which of the three models it runs on."""
+    name: str
+    slot: str
+    style: str           # how it answers: word, list (one line a pair) or json (with a reason first)
+    pairs: int           # pairs in one prompt
+    persona: str = ""
+    example: bool = False        # a worked example comes first
+
+
+CAREFUL = "You value correctness above all: a fluent answer with a false statement loses."
+ELEGANT = "You are widely read, enjoy full and well-built prose, and notice every slip of grammar."
+HASTY = "You are in a hurry, like short answers and lists, and when in doubt you take the first."
+FRIENDLY = "You like an answer that is warm and easy to follow."
+TERSE = "You like an answer that says what was asked and stops."
+
+# AlpacaFarm's variation in our own words: 5 + 4 + 4 annotators on three models, 6 of 13 with several pairs a prompt.
+ANNOTATORS = [
+    Annotator("strong-1", "strong", "json", 4, example=True), Annotator("strong-2", "strong", "list", 5, ELEGANT, True),
+    Annotator("strong-3", "strong", "list", 5, example=True), Annotator("strong-4", "strong", "word", 1, CAREFUL, True),
+    Annotator("strong-5", "strong", "list", 5, HASTY, True),
+    Annotator("medium-1", "medium", "word", 1, example=True), Annotator("medium-2", "medium", "json", 1, CAREFUL),
+    Annotator("medium-3", "medium", "word", 1, FRIENDLY, True), Annotator("medium-4", "medium", "word", 1),
+    Annotator("basic-1", "basic", "list", 4, example=True), Annotator("basic-2", "basic", "word", 1, TERSE, True),
+    Annotator("basic-3", "basic", "list", 5, FRIENDLY, True), Annotator("basic-4", "basic", "word", 1),
+]
+SINGLE = [Annotator("single", "strong", "json", 1, CAREFUL)]               # one low-variance judge
+
+STYLES = {   # style: (what it is told, pattern of "(a) is better", of "(b) is better", an answer for the example, tokens)
+    "word": ("Answer with one line and nothing else: `Output (a)` or `Output (b)`.",
+             r"Output \(a\)", r"Output \(b\)", "Output (b)", 20),
+    "list": ("Answer with one line for each pair, in order: `Output (a)` or `Output (b)`. Write nothing else.",
+             r"(?m)^ ?Output \(a\)", r"(?m)^ ?Output \(b\)", "Output (b)", 20),
+    "json": ('Answer with one line of JSON for each pair, in order: {"reason": "a few words", "a_is_better": true or false}',
+             r'"a_is_better"\s*:\s*true', r'"a_is_better"\s*:\s*false',
+             '{"reason": "(a) is wrong: 2 plus 2 is 4", "a_is_better": false}', 80),
+}
+PAIR = "Pair {number}\nInstruction:\n{instruction}\n\nOutput (a):\n{a}\n\nOutput (b):\n{b}\n"
+DUMMY = {"instruction": "1+1=", "output_1": "2", "output_2": "3"}          # fills up the last prompt of several pairs
+
+
+def find_labels(text, first, second):
+    """All matches of two patterns, in order: 1 for `first`, 2 for `second`. The text is never stripped: a pattern may
+    need the line break in front of it."""
+    return [1 if m["one"] is not None else 2
+            for m in re.finditer(f"(?P<one>{first})|(?P<two>{second})".replace("(?m)", ""), text, re.M)]
+
+
+def annotator_prompt(annotator, pairs, model):
+    """The chat payload that asks an annotator about its pairs (records with output_1, output_2, in the order shown)."""
+    told, _, _, answer, tokens = STYLES[annotator.style]
+    system = " ".join(filter(None, ["You compare two outputs for the same instruction and say which is better.",
+                                    annotator.persona, told]))
+    if annotator.example:
+        system += ("\n\nAn example:\n" + fill_in(PAIR, number="1", instruction="What is 2 plus 2?", a="It is 5.",
+                                                  b="4") + f"\n{answer}")
+    shown = [fill_in(PAIR, number=str(i), instruction=whole_instruction(r), a=r["output_1"], b=r["output_2"])
+             for i, r in enumerate(pairs, 1)]
+    return chat(model, "\n".join(shown), system, temperature=1.0, max_tokens=tokens * annotator.pairs)
+
+
+def group_prompts(shown, who, models, seed):
+    """Pairs and their annotators -> [(annotator, indices of its pairs)], payloads: one prompt for each group."""
+    groups = []
+    for annotator in dict.fromkeys(who):                                    # in order of appearance
+        mine = [i for i, a in enumerate(who) if a == annotator]
+        random.Random(f"shuffle{annotator.name}{seed}").shuffle(mine)
+        groups += [(annotator, mine[k:k + annotator.pairs]) for k in range(0, len(mine), annotator.pairs)]
+    return groups, [annotator_prompt(a, [shown[i] for i in part] + [DUMMY] * (a.pairs - len(part)), models[a.slot])
+                    for a, part in groups]
+
+
+def ask_annotators(client, models, seed):
+    """Returns annotate(shown, who) for `prefer`, answered by an API: pairs in the order shown and their annotators ->
+    (labels 1, 2 or None, reasons for None). A reply with another number of labels than pairs loses all of them."""
+    def annotate(shown, who):
+        groups, payloads = group_prompts(shown, who, models, seed)
+        labels, reasons = [None] * len(shown), [""] * len(shown)
+        for (annotator, part), answer in zip(groups, client.complete(payloads, "annotating")):
+            _, first, second, _, _ = STYLES[annotator.style]
+            found = find_labels(answer.text, first, second) if answer.text is not None else []
+            for k, i in enumerate(part):
+                if len(found) == annotator.pairs:
+                    labels[i] = found[k]
+                else:
+                    reasons[i] = answer.reason or f"not understood: {len(found)} labels for {annotator.pairs} pairs"
+        return labels, reasons
+    return annotate
+
+
+def preference_from_logprobs(logp_1, logp_2):
+    """Of a judge that names its choice in one token: 2 - p(1) / (p(1) + p(2)), so preference - 1 = P(output 2 better).
+    A token outside the reported ones counts as -inf; both outside is no answer (None)."""
+    if max(logp_1, logp_2) == -math.inf:
+        return None
+    return 2 - 1 / (1 + math.exp(min(700.0, logp_2 - logp_1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preferences: who annotates, noise, order, and the simulated annotators
+
+
+class Simulated(NamedTuple):
+    """A stand-in for an API annotator in the built-in world: picks the answer with fewer errors with probability
+    `accuracy`, its log-odds shifted by `length` for an answer that is longer by five words or more and by `position`
+    for the one shown first."""
+    name: str
+    accuracy: float = 1.0
+    length: float = 0.0
+    position: float = 0.0
+
+    def choose(self, pair, rng):
+        """1 or 2 for a pair in the order shown."""
+        errors = count_errors(pair["output_2"], pair["reference"]) - count_errors(pair["output_1"], pair["reference"])
+        longer = len(units(pair["output_1"])) - len(units(pair["output_2"]))
+        accuracy = min(max(self.accuracy, 1e-9), 1 - 1e-9)
+        odds = (errors > 0) - (errors < 0)
+        odds = odds * math.log(accuracy / (1 - accuracy)) + self.length * max(-1, min(1, longer / 5)) + self.position
+        return 1 if rng.random() < 1 / (1 + math.exp(-odds)) else 2
+
+
+def simulated_pool(accuracy=None, length=0.0, position=0.0):
+    """The 13 of ANNOTATORS, offline: the strong agree with the truth more often than the basic, whose eyes length and
+    position catch more. With `accuracy` given, all 13 have that accuracy and those biases."""
+    if accuracy is not None:
+        return [Simulated(a.name, accuracy, length, position) for a in ANNOTATORS]
+    kinds = {"strong": (0.95, 0.2, 0.1), "medium": (0.85, 0.4, 0.3), "basic": (0.75, 0.6, 0.5)}
+    return [Simulated(a.name, *kinds[a.slot]) for a in ANNOTATORS]
+
+
+def ask_simulated(seed):
+    """Returns annotate(shown, who) for `prefer`, answered by Simulated annotators."""
+    def annotate(shown, who):
+        return [a.choose(r, random.Random(f"{a.name}{r['instruction']}{r['output_1']}{r['output_2']}{seed}"))
+                for r, a in zip(shown, who)], [""] * len(shown)
+    return annotate
+
+
+def pair_up(records, seed):
+    """Records with n outputs -> one pair an instruction: equal texts dropped, a random text against its partner in a
+    random derangement, which is any other text with equal chance. Records with fewer than two texts are left out."""
+    pairs, seen = [], set()
+    for r in records:
+        texts, asked = list(dict.fromkeys(r["output"])), (r["instruction"], r.get("input") or "")
+        if len(texts) >= 2 and asked not in seen:
+            seen.add(asked)
+            a, b = random.Random(f"pair{''.join(asked)}{seed}").sample(texts, 2)
+            pairs.append({**{k: v for k, v in r.items() if k != "output"}, "output_1": a, "output_2": b})
+    return pairs
+
+
+def draw(pairs, pool, noise, seed):
+    """Decides, before anyone is asked, who annotates which pair, which labels are coins, and the order shown.
+
+    Returns (labels: those that need no asking, None for the others; asked: [(index, annotator, switched, pair shown)]).
+    All draws are seeded by the instruction's text (never by hash(), which differs between processes): an instruction
+    gets the same annotator, order and coin for every model that is compared on it."""
+    labels, asked = [None] * len(pairs), []
+    for i, r in enumerate(pairs):
+        text = r["instruction"] + (r.get("input") or "")
+        who = random.Random(f"annotator{text}{seed}").choice(pool)
+        weights = [1 - 2 * noise, noise, noise]                             # a fair coin with probability 2 * noise
+        coin, = random.Random(f"noisy_preference{text}{seed}").choices([None, 1, 2], weights) if noise else [None]
+        switched, = random.Random(f"is_switched_outputs{text}{seed}").choices([False, True])
+        if r["output_1"] == r["output_2"]:
+            labels[i] = (1.5, "equal texts")
+        elif coin is not None:
+            labels[i] = (coin, "noise")
+        else:
+            shown = {**r, "output_1": r["output_2"], "output_2": r["output_1"]} if switched else r
+            asked.append((i, who, switched, shown))
+    return labels, asked
+
+
+def prefer(pairs, pool, annotate, noise=0.0, seed=0):
+    """Pairs -> (labelled pairs, failed pairs), as AlpacaFarm does it (section 3.2): duplicates are dropped; annotator,
+    noise and order are drawn (a pair whose label is a coin is never sent, so it costs nothing); the rest is asked; the
+    order is undone by 3 - label. Equal texts are a tie, 1.5. What failed is never a label."""
+    pairs = list({(r["instruction"], r.get("input") or "", r["output_1"], r["output_2"]): r for r in pairs}.values())
+    labels, asked = draw(pairs, pool, noise, seed)
+    found, reasons = annotate([shown for *_, shown in asked], [who for _, who, _, _ in asked])
+    failed = []
+    for (i, who, switched, _), label, reason in zip(asked, found, reasons):
+        if label is None:
+            failed.append({**pairs[i], "annotator": who.name, "reason": reason})
+        else:
+            labels[i] = (3 - label if switched else label, who.name)
+    switched = {i: s for i, _, s, _ in asked}
+    return [{**r, "preference": label[0], "annotator": label[1], "switched": switched.get(i, False)}
+            for i, (r, label) in enumerate(zip(pairs, labels)) if label is not None], failed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verbs
+
+
+def model_format(directory, form=None):
+    """The prompt format of a model directory: as given, or as its config.json records."""
+    form = form or read_config(directory, quiet=True)[1].get("prompt_format")
+    if form is None:
+        raise InputError(f"{directory}/config.json does not record a prompt format: give --format, one of "
+                         f"{', '.join(FORMATS)}")
+    return form
+
+
+def make_client(args):
+    price = tuple(args.price) if args.price else PRICES.get(args.api_model, (None,))[:2]
+    price = None if None in price else price
+    return Client(args.api, Cache(args.cache or f"{args.out}.cache.jsonl"), os.environ.get(args.key_env, ""),
+                  args.at_once, args.timeout, args.tries, price, math.inf if args.max_cost is None else args.max_cost)
+
+
+def answers(args, asks, n=1, system="", label="sampling"):
+    """Answers to asks (records with instruction and input) by --api or --model: a list of n Answers each, and the client
+    (None for a model). Either way they are kept as they come, and a rerun goes on where it stopped."""
+    if args.api:
+        client = make_client(args)
+        payloads = [chat(args.api_model, whole_instruction(r), system, temperature=args.temperature, top_p=args.top_p,
+                         max_tokens=args.max_new_tokens, **({"seed": args.seed + j} if n > 1 or args.seed else {}))
+                    for r in asks for j in range(n)]
+        if args.dry_run:
+            return dry_run(client, payloads, len(asks)), client
+        found = client.complete(payloads, label)
+        return [found[n * i:n * (i + 1)] for i in range(len(asks))], client
+    if not args.model:
+        raise InputError("who answers? give --model DIR, or --api URL and --api-model NAME")
+    rank, world, device = setup_distributed(args.device)
+    tokenizer, form = Tokenizer.from_pretrained(args.model), model_format(args.model, args.format)
+    cache = Cache(args.cache or f"{args.out}.cache.jsonl") if args.out else Cache(os.devnull)
+    weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.model).glob("*model*"))
+    settings = [weights, form, system, n, args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed]
+    asks = [{**r, "instruction": f"{system}\n\n{r['instruction']}" if system else r["instruction"]} for r in asks]
+    keys = [Cache.key(settings, i, whole_instruction(r)) for i, r in enumerate(asks)]
+    todo = [i for i, k in enumerate(keys) if k not in cache.answers]
+    gather_lists([rank])                                                    # no rank writes before all have read
+    model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device) if todo else None
+    with tqdm(total=len(todo), desc=label, disable=rank > 0, delay=1, unit="record") as bar:
+        for part in split(todo, max(1, 4 * args.batch_size // n)):
+            texts = respond(model, tokenizer, [asks[i] for i in part], form, max_new_tokens=args.max_new_tokens,
+                            temperature=args.temperature, seed=args.seed, n=n, top_p=args.top_p, top_k=args.top_k,
+                            batch_size=args.batch_size, rank=rank, world=world, numbers=part, label=None)
+            for i, ys in zip(part, texts):
+                cache.answers[keys[i]] = ys
+                if rank == 0 and args.out:
+                    cache.add(keys[i], ys)
+            bar.update(len(part))
+    return [[Answer(y) for y in cache.answers[k]] for k in keys], None
+
+
+def dry_run(client, payloads, examples, free=0):
+    """Prints what sending these payloads would cost at most, and returns None. `free` examples need no call."""
+    calls, prompt, completion, cost = client.estimate(payloads)
+    print(f"{examples + free} examples: {free} need no call, {len(payloads) - calls} prompts are answered in the cache, "
+          f"{calls} calls to send; about {prompt} prompt tokens, at most {completion} completion tokens")
+    if client.price is None:
+        print("cost unknown: give --price PROMPT COMPLETION, in dollars per million tokens")
+        return
+    per_thousand = 1000 * cost / max(1, examples + free)
+    print(f"at ${client.price[0]} and ${client.price[1]} per million tokens: at most ${cost:.2f}, ${per_thousand:.2f} per "
+          f"1,000 examples; people comparing pairs cost ${1000 * HUMAN_PRICE:.0f} per 1,000"
+          + (f", {1000 * HUMAN_PRICE / per_thousand:.0f} times as much" if per_thousand else ""))
+
+
+def finish(args, records, failed, client=None, **more):
+    """Writes the records, the failed ones apart with their reasons, and the figures of the run; prints a summary."""
+    if int(os.environ.get("RANK", 0)):
+        return 0
+    write_json_lines(args.out, records)
+    failed_path = Path(f"{args.out}.failed.jsonl")
+    failed_path.unlink(missing_ok=True)
+    if failed:
+        write_json_lines(failed_path, failed)
+    reasons = {}
+    for r in failed:
+        kind = r["reason"].split(":")[0]
+        reasons[kind] = reasons.get(kind, 0) + 1
+    stats = {"records": len(records), "failed": len(failed), "failed_by_reason": reasons, **more}
+    if client:
+        stats.update(client.stats, cost_per_1000=1000 * client.stats["cost"] / max(1, len(records)))
+    write_json(f"{args.out}.stats.json", stats)
+    print(f"{args.out}: {len(records)} records" + (f", {len(failed)} failed ({failed_path})" if failed else ""))
+    print(json.dumps(stats))
+    return 0
+
+
+def sample(args):
+    if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
+        raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
+    records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
+    if args.prompt and args.api:
+        args.cache = args.cache or os.devnull
+    found, client = answers(args, records, args.n)
+    if found is None:
+        return 0
+    if args.prompt:
+        print0("\n".join(a.text if a.text is not None else f"failed: {a.reason}" for a in found[0]))
+        return 0
+    done, failed = [], []
+    for r, mine in zip(records, found):
+        if all(a.text is not None for a in mine):
+            texts = [a.text for a in mine]
+            done.append({**r, "output": texts[0] if args.n == 1 else texts, "generator": args.api_model or args.model})
+        else:
+            failed.append({**r, "reason": next(a.reason for a in mine if a.text is None)})
+    return finish(args, done, failed, client, empty=sum(not t.strip() for r in found for a in r for t in [a.text or ""]))
+
+
+def judge(args):
+    if args.by in ("reference", "points"):
+        style = JUDGES["points" if args.by == "points" else "corrects"]
+        records = read_outputs(args.data, reference=True)
+        return finish(args, [{**r, "judgment": style(r["output"], r["reference"])} for r in records], [])
+    records = read_outputs(args.data)
+    asks = [{"instruction": fill_in(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
+            for r in records]
+    found, client = answers(args, asks, system=JUDGE_SYSTEM, label="judging")
+    if found is None:
+        return 0
+    done = [{**r, "judgment": read_judgment(a.text)} for r, (a,) in zip(records, found) if (a.text or "").strip()]
+    failed = [{**r, "reason": a.reason or "empty judgment"} for r, (a,) in zip(records, found) if not (a.text or "").strip()]
+    good = sum(r["judgment"] is None for r in done)
+    return finish(args, done, failed, client, perfect=good, criticized=len(done) - good)
+
+
+def refine(args):
+    records = [r for r in read_judged(args.data) if r["judgment"] is not None]
+    asks = [{"instruction": fill_in(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
+                                    judgment=r["judgment"]), "input": ""} for r in records]
+    found, client = answers(args, asks, label="refining")
+    if found is None:
+        return 0
+    done = [{**r, "judgment": None, "rejected": r["output"], "was_judged": r["judgment"], "output": a.text.strip()}
+            for r, (a,) in zip(records, found) if (a.text or "").strip()]
+    failed = [{**r, "reason": a.reason or "empty answer"} for r, (a,) in zip(records, found) if not (a.text or "").strip()]
+    return finish(args, done, failed, client)
+
+
+def prefer_verb(args):
+    if args.against:                                                        # a model's outputs against a baseline's
+        first = {(r["instruction"], r.get("input") or ""): r for r in read_outputs(args.against)}
+        mine = read_outputs(args.data)
+        matched = [r for r in mine if (r["instruction"], r.get("input") or "") in first]
+        print(f"{len(matched)} of {len(mine)} instructions of {args.data} are in {args.against}")
+        pairs = [{**r, "output_1": first[r["instruction"], r.get("input") or ""]["output"], "output_2": r["output"]}
+                 for r in matched]
+    else:
+        pairs = read_pairs(args.data)
+        several = [r for r in pairs if "output" in r]
+        if several:
+            pairs = pair_up(several, args.seed)
+            print(f"{len(pairs)} pairs from {len(several)} records; the others have fewer than two different outputs")
+    client = None
+    if args.by == "api":
+        if not args.api:
+            raise InputError("--by api needs --api URL and --api-model NAME")
+        client = make_client(args)
+        models = dict.fromkeys(("strong", "medium", "basic"), args.api_model)
+        models.update(dict(m.split("=", 1) for m in args.models))
+        pool, annotate = (SINGLE if args.single else ANNOTATORS), ask_annotators(client, models, args.seed)
+        if args.dry_run:
+            _, asked = draw(pairs, pool, args.noise, args.seed)
+            _, payloads = group_prompts([shown for *_, shown in asked], [who for _, who, _, _ in asked], models, args.seed)
+            dry_run(client, payloads, len(asked), free=len(pairs) - len(asked))
+            return 0
+    else:
+        missing = [i for i, r in enumerate(pairs) if not isinstance(r.get("reference"), str)]
+        if missing:
+            raise InputError(f"{args.data}: pair {missing[0]} has no key 'reference', the right answer, which --by "
+                             f"{args.by} compares with; use --by api for texts without one")
+        truth = args.by == "reference"
+        pool = simulated_pool(1.0 if truth else args.accuracy, args.length_bias, args.position_bias)
+        pool, annotate = (pool[:1] if args.single else pool), ask_simulated(args.seed)
+    labelled, failed = prefer(pairs, pool, annotate, args.noise, args.seed)
+    coins = sum(r["annotator"] == "noise" for r in labelled)
+    more = {"coins": coins, "ties": sum(r["preference"] == 1.5 for r in labelled),
+            "parse_rate": 1 - sum(r["reason"].startswith("not understood") for r in failed) / max(1, len(pairs) - coins)}
+    if args.against and labelled:
+        scores = [r["preference"] - 1 for r in labelled]
+        mean = sum(scores) / len(scores)
+        more["win_rate"] = mean
+        more["win_rate_se"] = math.sqrt(sum((x - mean) ** 2 for x in scores) / max(1, len(scores) - 1) / len(scores))
+    return finish(args, labelled, failed, client, **more)
+
+
+VERBS = {"sample": sample, "judge": judge, "prefer": prefer_verb, "refine": refine}
 
 
 def parse(argv):
+    """sub-commands share three groups of flags; without a sub-command it is `sample`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] not in [[v] for v in VERBS] + [["-h"], ["--help"]]:
+        argv = ["sample", *argv]
+    answer, api, files = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    files.add_argument("--data", help="JSON or JSONL to read")
+    files.add_argument("--out", help="JSONL to write; beside it .failed.jsonl, .stats.json and .cache.jsonl")
+    files.add_argument("--seed", type=int, default=0, help="of every random choice")
+    api.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    api.add_argument("--api-model", help="the model's name there")
+    api.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if one is needed")
+    api.add_argument("--at-once", type=int, default=32, help="calls under way at a time")
+    api.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer")
+    api.add_argument("--tries", type=int, default=8, help="times that a call is sent before it is given up")
+    api.add_argument("--price", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="dollars per 1M tokens")
+    api.add_argument("--max-cost", type=float, help="dollars that this run does not pass")
+    api.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
+    api.add_argument("--cache", help="JSONL of answers paid for (default: OUT.cache.jsonl)")
+    answer.add_argument("--model", help="model directory in Hugging Face layout")
+    answer.add_argument("--format", choices=FORMATS, help="its prompt format (default: what its config.json records)")
+    answer.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    answer.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this mass")
+    answer.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all; not --api)")
+    answer.add_argument("--max-new-tokens", type=int, default=300, help="a text is cut off here if it has not ended")
+    answer.add_argument("--batch-size", type=int, default=64, help="texts sampled side by side: what fits in memory")
+    answer.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    answer.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, help="model directory in Hugging Face layout")
-    p.add_argument("--prompt", help="one instruction, answered on the terminal")
-    p.add_argument("--data", help="instructions, JSON or JSONL with the keys instruction and input (optional)")
-    p.add_argument("--out", help="where the answers to --data go, as JSONL")
-    p.add_argument("--judge", choices=JUDGES, help="judge the answers to --data against its key `reference`")
-    p.add_argument("--format", choices=FORMATS, help="prompt format (default: what the model's config.json records)")
-    p.add_argument("--n", type=int, default=1, help="answers to each instruction")
-    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this mass")
-    p.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all)")
-    p.add_argument("--max-new-tokens", type=int, default=300, help="an answer is cut off here if it has not ended")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--batch-size", type=int, default=64, help="answers sampled side by side: what fits in memory")
-    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    return p.parse_args(argv)
+    verbs = p.add_subparsers(dest="verb", required=True)
+    v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
+    v.add_argument("--prompt", help="one instruction, answered on the terminal")
+    v.add_argument("--n", type=int, default=1, help="outputs for each instruction")
+    v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
+    v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
+    v = verbs.add_parser("refine", parents=[files, api, answer], help="judged responses -> better outputs")
+    v = verbs.add_parser("prefer", parents=[files, api], help="pairs or several outputs -> preferences")
+    v.add_argument("--by", choices=("simulated", "reference", "api"), default="simulated", help="who compares")
+    v.add_argument("--against", help="outputs of a baseline, output_1 of every pair: prints the win rate of --data")
+    v.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
+    v.add_argument("--models", nargs="*", default=[], help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
+    v.add_argument("--noise", type=float, default=0.0, help="share of labels flipped (AlpacaFarm trains on 0.25)")
+    v.add_argument("--accuracy", type=float, help="of all simulated annotators (default: the pool's own, 0.75 to 0.95)")
+    v.add_argument("--length-bias", type=float, default=0.0, help="log-odds for the longer output, with --accuracy")
+    v.add_argument("--position-bias", type=float, default=0.0, help="log-odds for the first shown, with --accuracy")
+    args = p.parse_args(argv)
+    if args.verb != "sample" and not (args.data and args.out):
+        raise InputError(f"{args.verb} needs --data FILE and --out FILE")
+    if args.api and not args.api_model:
+        raise InputError("--api needs --api-model, the model's name on that server")
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
-    if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
-        raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
-    if args.judge and args.n > 1:
-        raise InputError(f"--judge takes one answer to each instruction, --n is {args.n}: sample first, then judge")
-    rank, world, device = setup_distributed(args.device)
-    if args.data:
-        records = read_instructions(args.data, reference=bool(args.judge))
-    else:
-        records = [{"instruction": args.prompt, "input": ""}]
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    _, raw = read_config(args.model, quiet=True)
-    form = args.format or raw.get("prompt_format")
-    if form is None:
-        raise InputError(f"{args.model}/config.json does not record a prompt format: give --format, one of "
-                         f"{', '.join(FORMATS)}")
-    model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
-    texts = respond(model, tokenizer, records, form, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    seed=args.seed, n=args.n, top_p=args.top_p, top_k=args.top_k, batch_size=args.batch_size,
-                    rank=rank, world=world)
-    if args.prompt:
-        print0("\n".join(texts[0]))
-        return 0
-    outputs = []
-    for r, ys in zip(records, texts):
-        r = {**r, "output": ys[0] if args.n == 1 else ys, "generator": str(args.model)}
-        if args.judge:
-            r["judgment"] = JUDGES[args.judge](r["output"], r["reference"])
-        outputs.append(r)
-    if rank == 0:
-        write_json_lines(args.out, outputs)
-        empty = sum(not y.strip() for ys in texts for y in ys)
-        print(f"{args.out}: {len(outputs)} records{f', {empty} answers are empty' if empty else ''}")
-    return 0
+    return VERBS[args.verb](args)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ DEFAULTS = {"batch_size": (16, 32), "micro_batch_size": (2, 16), "lr": (3e-6, 1e
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", nargs="?", choices=("reward",), default="reward", help="what to train")
     # what goes in and out
     p.add_argument("--model", default="", help="SFT checkpoint directory (default: made by train_sft.py)")
     p.add_argument("--data", default="", help="preferences, JSON or JSONL (default: the built-in world)")

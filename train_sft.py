@@ -27,7 +27,7 @@ from model import (DTYPES, Config, LLaMA, StopSignal, all_sum, load_resume, lr_a
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
-DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 16), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
+DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
             "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256), "beta2": (0.999, 0.95)}
 
 
