@@ -14,17 +14,25 @@ One judged record on its way (format `short`; CUT's own format only has longer h
 
 File formats are JSON lists or JSON Lines; unknown keys are kept. judgment null means that nothing is wrong.
 """
+import argparse
 import codecs
+import gzip
+import hashlib
 import io
 import json
+import os
 import random
 import re
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import requests
 import sentencepiece
 import torch
+from tqdm import tqdm
 
 from losses import IGNORE
 from model import InputError, read_config
@@ -44,8 +52,8 @@ class Tokenizer:
         try:
             self.sp.LoadFromSerializedProto(serialized)
         except RuntimeError:
-            raise InputError(f"{source}: not a sentencepiece model (LLaMA 3's tokenizer.model is tiktoken's format, "
-                             "which is not supported): use LLaMA, LLaMA 2 or another sentencepiece checkpoint") from None
+            raise InputError(f"{source}: not a sentencepiece model (LLaMA 3's has tiktoken's format): "
+                             "use LLaMA, LLaMA 2 or another checkpoint with a sentencepiece tokenizer") from None
         self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
         if min(self.bos, self.eos) < 0:
             raise InputError(f"{source}: the tokenizer has no BOS or no EOS piece; both are needed")
@@ -92,15 +100,16 @@ class Tokenizer:
         (d / "tokenizer.json").write_text(json.dumps(self._as_json(), ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _as_json(self):
-        """This BPE model in the layout of the `tokenizers` library: pieces, merges in order of their rank, and rules that
-        put one space in front, write spaces as sentencepiece does, and fall back to bytes."""
+        """This BPE model in the layout of the `tokenizers` library: pieces, merges in order of their rank, and rules
+        that put one space in front, write spaces as sentencepiece does, and fall back to bytes."""
         ids = range(self.vocab_size)
         vocab = {self.sp.id_to_piece(i): i for i in ids}
         merges = []
         for piece, i in vocab.items():
             if not (self.sp.is_control(i) or self.sp.is_byte(i) or self.sp.is_unknown(i)):
                 halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-                merges += [(-self.sp.get_score(i), vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab]
+                merges += [(-self.sp.get_score(i), vocab[a], vocab[b], a, b) for a, b in halves
+                           if a in vocab and b in vocab]
         bos, space = self.sp.id_to_piece(self.bos), "\u2581"
         with_bos = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         return {
@@ -175,10 +184,16 @@ def format_prompt(record, form, judgment=None):
 
 
 def fill_in(template, **fields):
-    """The template with its {fields} replaced. It is cut at its fields once, so whatever a text contains, braces and the
+    """The template with its {fields} replaced. It is cut at its fields once, so whatever a text contains, braces and
     names of other fields included, stays text; str.replace one after the other would let a text capture the next."""
     parts = re.split(r"\{(\w+)\}", template)                                # text, field, text, field, ..., text
     return "".join(fields[part] if i % 2 else part for i, part in enumerate(parts))
+
+
+# The prompt of a judge, an API model or one of ours (CUT section 5, in our words).
+JUDGE_SYSTEM = ("You review answers to instructions. If the answer is flawless, reply with the one word Perfect. "
+                "Otherwise say precisely what is wrong with it: name each fault, quote the place, and add no praise.")
+JUDGE_USER = "Instruction:\n{instruction}\n\nAnswer:\n{output}\n\nYour review:"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +206,8 @@ def read_json(path, empty=False):
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
     try:
@@ -264,25 +280,28 @@ def read_pairs(path):
         if several and not all(isinstance(text, str) for text in r["output"]):
             raise InputError(f"{path}: record {i}: 'output' is a list of {len(r['output'])}, expected texts only")
         if several != ("output" in records[0] and "output_1" not in records[0]):
-            raise InputError(f"{path}: record {i} is a pair and record 0 a list of outputs, or the reverse: use one kind")
+            raise InputError(f"{path}: records 0 and {i} differ: one is a pair, the other a list of outputs")
         if not several:
             r.pop("output", None)
     return records
 
 
-def read_preferences(path):
-    """AlpacaFarm's pairs: instruction, input, output_1, output_2, preference (1 or 2; ties, 1.5, are left out and
-    counted, and so are pairs of equal texts: neither says which is better)."""
+def read_preferences(path, ties=False):
+    """AlpacaFarm's pairs: instruction, input, output_1, output_2, preference: 1 or 2, 1.5 a tie, or between (a judge's
+    probability that output_2 is better, plus 1). Ties and pairs of equal texts say nothing about which is better: they
+    are left out and counted, unless `ties`."""
     records, left_out = [], 0
     for i, r in enumerate({"input": "", **r} for r in read_json(path)):
         _check(path, i, r, instruction=_TEXT, input=_MAYBE, output_1=_TEXT, output_2=_TEXT, preference=(int, float))
-        if r["preference"] not in (1, 1.5, 2):
-            raise InputError(f"{path}: record {i}: 'preference' is {r['preference']}, expected 1, 2 or 1.5 (a tie)")
-        if r["preference"] == 1.5 or r["output_1"] == r["output_2"]:
+        if not 1 <= r["preference"] <= 2:
+            raise InputError(f"{path}: record {i}: 'preference' is {r['preference']}, expected 1, 2 or between; "
+                             "1.5 is a tie (older files write 0 for it: replace it)")
+        if not ties and (r["preference"] == 1.5 or r["output_1"] == r["output_2"]):
             left_out += 1
         else:
             records.append(r)
-    print(f"{path}: {len(records)} pairs; left out {left_out} ties and pairs of equal texts")
+    if left_out:
+        print(f"{path}: {len(records)} pairs; left out {left_out} ties and pairs of equal texts")
     if not records:
         raise InputError(f"{path}: no pair is left")
     return records
@@ -298,13 +317,13 @@ def read_demonstrations(path):
 
 def read_judged(path, filter_noise=False):
     """Judged responses: CUT's files (instruction, input, output, judgment or null), either of Shepherd's two published
-    JSONL files, or anything of the first form. A record with score >= 7 (the top of the 7-point scale of the
-    summarization critiques) counts as good, as in the released code.
+    JSONL files, the critiques of summaries (.jsonl.gz), or anything of the first form. A record with score >= 7, the
+    top of the 7-point scale of those critiques, counts as good, as in the released code.
 
     Prints what it found. filter_noise leaves out two kinds of bad labels: `$ERROR$` (a failed call stored as a
     judgment) and bad responses whose judgment opens by calling them perfect."""
     records = []
-    for i, r in enumerate(read_json(path)):
+    for i, r in _flatten_critiques(path, read_json(path)):
         if "feedback" in r and "answer" in r:                               # Shepherd, human_data_for_model.jsonl
             _check(path, i, r, question=_TEXT, answer=_TEXT, feedback=_TEXT)
             r = {**r, "instruction": r["question"], "output": r["answer"], "judgment": r["feedback"]}
@@ -333,6 +352,34 @@ def read_judged(path, filter_noise=False):
     return records
 
 
+def _flatten_critiques(path, records):
+    """Yields (index, record). A record of the summarization critiques (Saunders et al. 2022) holds a passage with
+    several questions; each becomes one judged response, as CUT converted them: the best-ranked answer, the critiques of
+    it as judgment, none as good, the last refinement as reference. Empty, skipped and unrefined ones are counted."""
+    left_out = 0
+    for i, r in enumerate(records):
+        if not (isinstance(r.get("data"), dict) and "questions" in r["data"]):
+            yield i, r
+            continue
+        try:
+            passage = r["data"]["passage"]["text"]
+            for q in r["data"]["questions"]:
+                best = max(range(len(q["answers"])), key=lambda k: q["rankings"][k])
+                answer, feedback = q["answers"][best]["answer"], q["answers"][best]["feedback"]
+                critiques = feedback["critiques"]
+                reference = critiques[-1]["refinement"] if critiques else None
+                if feedback.get("skip") or not (q["question"] and answer.strip()) or critiques and not reference:
+                    left_out += 1
+                    continue
+                yield i, {"id": f"{r.get('id', i)}-{len(passage)}-{q['question']}", "instruction":
+                          f"{passage}\n{q['question']}", "output": answer, "reference": reference,
+                          "judgment": " ".join(c["text"] for c in critiques) or None}
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise InputError(f"{path}: record {i} is not in the layout of the critiques: {error!r}") from None
+    if left_out:
+        print(f"{path}: left out {left_out} answers that are empty, skipped by the labeler or without a refinement")
+
+
 def _read_shepherd_raw(path, i, r):
     """Shepherd's annotation dump: the judgment is spread over the error types that the annotator chose."""
     try:
@@ -343,6 +390,14 @@ def _read_shepherd_raw(path, i, r):
                 "reference": meta.get("output_correct")}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: record {i} is not in the layout of Shepherd's raw file: {error!r}") from None
+
+
+def read_judge_training(path):
+    """Judged responses as demonstrations for a model that is to judge: the prompt of simulate.py's judges -> judgment,
+    or Perfect. (train_sft.py --recipe judge)"""
+    return [{"id": r["id"], "instruction": f"{JUDGE_SYSTEM}\n\n" + fill_in(JUDGE_USER, instruction=r["instruction"] + (
+             f"\n\n{r['input']}" if r.get("input") else ""), output=r["output"]), "input": "", "judgment": None,
+             "output": r["judgment"] or "Perfect."} for r in read_judged(path, filter_noise=True)]
 
 
 def downsample_positives(records, ratio, seed=42):
@@ -611,10 +666,101 @@ def join(words):
 
 def world_tokenizer():
     """The built-in world's tokenizer, trained on its wordings (the same for all seeds)."""
-    texts = [w for w in (*POOLS["home"], *POOLS["food"], *POOLS["color"], *ANIMALS, *VERBS, *VERBS.values())]
-    texts += [str(n) for n in range(1, 41)]
-    texts += list(OPENERS) + list(ENDINGS) + ["what the past tense of is", "where it lives what it eats what color it has and",
-              "what the sum of and is plus minus less", "Judgment: It says where it should say and is wrong.", ". ? ,",
-              "The answer is", "lives in the eats is", "It leaves out after before the end", "does not belong",
-              "All of it is right.", "There is nothing more to say Something is missing"]
+    texts = [*POOLS["home"], *POOLS["food"], *POOLS["color"], *ANIMALS, *VERBS, *VERBS.values(), *OPENERS, *ENDINGS,
+             *map(str, range(1, 41)), "what the past tense of is", "where it lives what it eats what color it has and",
+             "what the sum of and is plus minus less", "Judgment: It says where it should say and is wrong.", ". ? ,",
+             "The answer is", "lives in the eats is", "It leaves out after before the end", "does not belong",
+             "All of it is right.", "There is nothing more to say Something is missing"]
     return Tokenizer.train([t for t in texts for _ in range(3)], 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published data:  python data.py cut --to data
+
+_HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_farm/resolve/main/"
+_GITHUB = "https://raw.githubusercontent.com/"
+_CRITIQUES = "https://openaipublic.blob.core.windows.net/critiques/dataset/critiques/"
+DOWNLOADS = {
+    # name: [(address, SHA-256 where the published file is known to us)]
+    "alpacafarm": [(_HUB + name, "") for name in (
+        *(f"alpaca_instructions/{split}.json" for split in ("sft", "preference", "unlabeled", "val")),
+        "alpaca_farm_evaluation.json", "alpaca_noisy_multi_preference.json", "alpaca_human_preference.json")],
+    "cut": [(f"{_GITHUB}wwxu21/CUT/main/data/iter/train-alpaca-sample-iter{i}.json", sha) for i, sha in enumerate((
+        "aa327e51dc78331c743641e147b5d9f4af55636915a6b240575b8884c30af470",
+        "dc25c5a778bb964926275614651f279d9750df48a944a3b59fc40a85403dc980",
+        "a23c4ce30b98c8f465ad07efeb709a99f405ef067452f1ed52dff47ea83ce2da",
+        "28cb86ee20b030be72c5f2a1322eb94b224185b6f8c261a58f0bf20ba22155a1",
+        "8e81fc7a155a8b03176a30c80fddf94abd5d2ac9edccaba489bda6d60048d817"), 1)],
+    "shepherd": [(f"{_GITHUB}facebookresearch/Shepherd/main/data/{name}", sha) for name, sha in (
+        ("human_data_for_model.jsonl", "bececda0fab23bf2faf11c9830323a30aa34d4aafbf5067996d34c7e1905ff8a"),
+        ("human_data_raw.jsonl", "d3c37ca0aa2cee25c754dc789620cec603e9569cc3acae7626919085cdc98217"))],
+    "critiques": [(_CRITIQUES + name, "") for name in ("train.jsonl.gz", "test.jsonl.gz")],
+}
+
+
+def download(address, path, sha256="", tries=5):
+    """Fetches a file to `path`, going on from PATH.part where an earlier try stopped. Checked against sha256 or, where
+    none is known, the hash that the server states for large files, and its length. Already there: nothing is done."""
+    path, part = Path(path), Path(f"{path}.part")
+    if path.is_file() and (not sha256 or hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
+        print(f"{path}: already here")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        have = part.stat().st_size if part.is_file() else 0
+        try:
+            with requests.get(address, headers={"Range": f"bytes={have}-"} if have else {}, stream=True,
+                              timeout=(10, 60)) as r:
+                if r.status_code == 416:                                    # the part is whole already, or too long
+                    part.unlink()
+                    continue
+                if r.status_code not in (200, 206):
+                    raise InputError(f"{address}: HTTP {r.status_code}: download it by hand and give its path")
+                resumed = r.status_code == 206                              # a server may ignore Range and start over
+                have = have if resumed else 0
+                stated = r.headers.get("X-Linked-Etag", "").strip('"')
+                total = int(r.headers["Content-Length"]) + have if "Content-Length" in r.headers else None
+                with open(part, "ab" if resumed else "wb") as f, tqdm(
+                        total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                    for chunk in r.iter_content(1 << 16):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+            if total is not None and part.stat().st_size < total:
+                continue                                                    # cut off: go on from here
+            break
+        except requests.RequestException as error:
+            if attempt + 1 == tries:
+                raise InputError(f"{address}: no connection ({type(error).__name__}): with no network, download it "
+                                 f"elsewhere, put it at {path}, and run this again") from None
+            time.sleep(min(30, 2 ** attempt))
+    else:
+        raise InputError(f"{address}: cut off {tries} times; run this again to go on from {part}")
+    found, wanted = hashlib.sha256(part.read_bytes()).hexdigest(), sha256 or (stated if len(stated) == 64 else "")
+    if wanted and found != wanted:
+        part.unlink()
+        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file has changed, or was damaged on "
+                         "the way: run this again, and if it stays so, compare with the publisher")
+    os.replace(part, path)
+    print(f"{path}: {path.stat().st_size} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description="Downloads published data: resumably, and checked.")
+    p.add_argument("names", nargs="+", choices=DOWNLOADS, help="which data")
+    p.add_argument("--to", default="data", help="folder")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    for name in args.names:
+        for address, sha256 in DOWNLOADS[name]:
+            download(address, Path(args.to, name, address.rsplit("/", 1)[1]), sha256)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

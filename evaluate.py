@@ -3,6 +3,7 @@
   python evaluate.py --model out/cut-0                                  a model on the built-in world's test split
   python evaluate.py --model out/cut-0 --against out/sft-0-corrects     and its win rate against another
   python evaluate.py compare --seeds 3 4 5                              every method beside CUT, as in the README
+  python evaluate.py meter --data preferences.jsonl --labels truth.jsonl    agreement, variance and biases of a judge
 """
 import argparse
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, Tokenizer, World, collate
+from data import InputError, Tokenizer, World, collate, read_preferences
 from model import LLaMA, print0, read_config, setup_distributed
 from simulate import JUDGES, count_errors, respond, wrong_words
 
@@ -68,8 +69,8 @@ def token_words(pieces):
     words, begin = [], 0
     spans = [m.span() for m in re.finditer(r"\w+|[^\w\s]", "".join(pieces[:-1]))]
     for piece in pieces[:-1]:
-        last = begin + max(0, len(piece) - 1)                               # pieces may begin with a space; a lone space,
-        words.append(next((k for k, (_, end) in enumerate(spans) if end > last), len(spans)))   # goes to the next word
+        last = begin + max(0, len(piece) - 1)                               # a piece may begin with a space
+        words.append(next((k for k, (_, end) in enumerate(spans) if end > last), len(spans)))
         begin += len(piece)
     return words + [len(spans)]
 
@@ -95,6 +96,90 @@ def mark(pieces, flags):
     """The response as text, with flagged tokens in brackets."""
     return "".join(re.sub(r"^(\s*)(.*)$", r"\1[\2]", p) if on else p for p, on in zip(pieces, flags)
                    if on or p != "</s>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The meter of annotators (AlpacaFarm section 3.4; definitions of AlpacaEval). Labels are 1 or 2 (1.5 a tie); an
+# annotator, or a group of people, is a dict: pair -> list of its labels.
+
+
+def vote(labels):
+    """The most frequent labels (several if tied)."""
+    return {v for v in labels if labels.count(v) == max(map(labels.count, labels))}
+
+
+def agree(a, b):
+    """Chance that a random element of a equals a random element of b: two sets of tied labels."""
+    return len(a & b) / (len(a) * len(b))
+
+
+def agreement(annotator, people):
+    """Expected accuracy of one label of the annotator against the majority of the people with one left out (so that
+    people can be scored by the same rule against themselves): mean and standard error over pairs."""
+    scores = []
+    for pair in annotator.keys() & people.keys():
+        theirs = people[pair]
+        majorities = [vote(theirs[:j] + theirs[j + 1:] or theirs) for j in range(len(theirs))]
+        scores.append(sum(agree({x}, m) for x in annotator[pair] for m in majorities)
+                      / len(annotator[pair]) / len(majorities))
+    return mean_and_se(scores)
+
+
+def variance(annotator):
+    """Chance that one label differs from the majority of the annotator's other labels for the same pair; pairs with one
+    label say nothing and are left out."""
+    return mean_and_se([1 - sum(agree({x}, vote(own[:i] + own[i + 1:])) for i, x in enumerate(own)) / len(own)
+                        for own in annotator.values() if len(own) > 1])
+
+
+def bias(annotator, people):
+    """Chance that the annotator's majority differs from the people's: what more labels would not average away."""
+    both = annotator.keys() & people.keys()
+    return mean_and_se([1 - agree(vote(annotator[pair]), vote(people[pair])) for pair in both])
+
+
+def prefers(records, what):
+    """Share of labels that go to the longer output ("length": pairs that differ by more than 30 characters) or to the
+    one that was shown first ("position": records that note `switched`); 0.5 is no bias, unless quality leans so."""
+    scores = []
+    for r in records:
+        second = r["preference"] - 1                                        # how much output_2 is preferred, 0 to 1
+        longer = len(r["output_2"]) - len(r["output_1"])
+        if what == "length" and abs(longer) > 30:
+            scores.append(second if longer > 0 else 1 - second)
+        elif what == "position" and "switched" in r and r.get("annotator") not in ("noise", "equal texts"):
+            scores.append(second if r["switched"] else 1 - second)
+    return mean_and_se(scores) if scores else (float("nan"), float("nan"))
+
+
+def labels_of(records):
+    """Preference records -> {pair: labels}. A pair stored the other way round is the same, its label 3 - label."""
+    labels = {}
+    for r in records:
+        head, pair = (r["instruction"], r.get("input") or ""), (r["output_1"], r["output_2"])
+        label = r["preference"] if pair <= pair[::-1] else 3 - r["preference"]
+        labels.setdefault((*head, *min(pair, pair[::-1])), []).append(label)
+    return labels
+
+
+def meter(args):
+    """Prints agreement, variance and biases of one file of preferences, against another if there is one."""
+    records = [r for path in args.data for r in read_preferences(path, ties=True)]
+    annotator, line = labels_of(records), "{:<42} {:.3f} +- {:.3f}"
+    print(f"{len(records)} labels of {len(annotator)} pairs")
+    if any(len(v) > 1 for v in annotator.values()):
+        print(line.format("variance", *variance(annotator)))
+    for what, name in (("length", "prefers the longer (by > 30 characters)"), ("position", "prefers the first shown")):
+        mean, se = prefers(records, what)
+        if not math.isnan(mean):
+            print(line.format(name, mean, se))
+    if args.labels:
+        people = labels_of(read_preferences(args.labels, ties=True))
+        print(f"{len(annotator.keys() & people.keys())} pairs also in {args.labels}")
+        if annotator.keys() & people.keys():
+            print(line.format("agreement", *agreement(annotator, people)))
+            print(line.format("bias", *bias(annotator, people)))
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,8 +247,8 @@ def evaluate_world(args):
         model = LLaMA.from_pretrained(directory, device=device)
         _, errors = answer_errors(model, tokenizer, records, raw.get("prompt_format", "short"), rank, world)
         exact, se = mean_and_se([float(e == 0) for e in errors])
-        print0(f"{directory}: {len(errors)} {args.split} instructions of world {seed}: exact match {exact:.3f} +- {se:.3f}"
-               f", errors per response {sum(errors) / len(errors):.3f}")
+        print0(f"{directory}: {len(errors)} {args.split} instructions of world {seed}: exact match {exact:.3f} +- "
+               f"{se:.3f}, errors per response {sum(errors) / len(errors):.3f}")
         found.append(errors)
     if args.against:
         wins, se = win_rate(*found)
@@ -173,7 +258,9 @@ def evaluate_world(args):
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", choices=("world", "compare"), default="world", help="default: world")
+    p.add_argument("command", nargs="?", choices=("world", "compare", "meter"), default="world", help="default: world")
+    p.add_argument("--data", nargs="+", help="meter: preference files of one annotator (several: repeated labels)")
+    p.add_argument("--labels", help="meter: preferences to compare with, of people or the truth")
     p.add_argument("--model", help="model directory")
     p.add_argument("--against", help="a second one, for a win rate (fewer errors wins, ties count half)")
     p.add_argument("--seed", type=int, help="seed of the world (default: the one that the model was trained in)")
@@ -184,13 +271,15 @@ def parse(argv):
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     args = p.parse_args(argv)
     if args.command == "world" and not args.model:
-        raise InputError("give --model DIR, or the command compare")
+        raise InputError("give --model DIR, or one of the commands compare and meter")
+    if args.command == "meter" and not args.data:
+        raise InputError("meter needs --data, one or more files of preferences")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    return {"world": evaluate_world, "compare": compare}[args.command](args)
+    return {"world": evaluate_world, "compare": compare, "meter": meter}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def _tile_softmax(hidden, weight, targets):
 
 
 def _tile_backward(softmax, targets, grad_logp, hidden, weight, grad_weight):
-    """Gradient of sum(grad_logp * logp) for one tile. softmax is overwritten by d/dlogits = grad_logp * (1[target] - p).
+    """Gradient of sum(grad_logp * logp) for one tile. softmax is overwritten by d/dlogits = grad_logp (1[target] - p).
 
     Returns d/dhidden (R, n, D); adds d/dweight into grad_weight (V, D), unless that is None (a frozen head).
     """

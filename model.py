@@ -289,7 +289,7 @@ class KVCache:
         """Announces `count` new tokens a row; their positions (B, T) follow each row's own length."""
         self.positions = self.lengths.unsqueeze(1) + torch.arange(count, device=self.lengths.device)
         self.end += count
-        # Key s is visible to a token at position p if s <= p: causality within the new tokens, and no padding. (B,1,T,S)
+        # Key s is visible to a token at position p if s <= p: causality among the new tokens, and no padding. (B,1,T,S)
         self.mask = (torch.arange(self.end, device=self.lengths.device) <= self.positions.unsqueeze(-1)).unsqueeze(1)
 
     def update(self, layer, k, v):
@@ -322,7 +322,8 @@ def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
         p = p * ((before < top_p * p.sum(dim=-1, keepdim=True)) | (before == 0))
     cdf = p.cumsum(dim=-1)                                                  # (B, V), last column the mass that is left
     pick = torch.searchsorted(cdf, uniform.unsqueeze(1).to(wide) * cdf[:, -1:], right=True)     # first with cdf > u
-    pick = torch.minimum(pick, p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(dim=-1, keepdim=True))   # last with p > 0
+    last = p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(dim=-1, keepdim=True)        # the last token with p > 0
+    pick = torch.minimum(pick, last)                                        # where rounding ran past the end
     return (pick if order is None else order.gather(1, pick)).squeeze(1)
 
 
@@ -622,7 +623,7 @@ def setup_distributed(device=""):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
-        torch.set_float32_matmul_precision("high")                          # TF32 for fp32 products: 10 bits of mantissa
+        torch.set_float32_matmul_precision("high")                          # TF32 for fp32 products: 10-bit mantissa
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -666,7 +667,8 @@ def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999)):
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=params[0].device.type != "mps")
+    fused = params[0].device.type != "mps"
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused)
 
 
 def save_resume(path, model, optimizer, state, rank):

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import requests
 from tqdm import tqdm
 
-from data import (FORMATS, Tokenizer, fill_in, format_prompt, join, read_instructions, read_judged,
+from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions, read_judged,
                   read_outputs, read_pairs, split, units, write_json_lines)
 from model import DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, write_json
 
@@ -330,9 +330,6 @@ def retry_after(value):
 # Prompts of the API judges. Texts go in by fill_in and into messages of their own role, so no output can pose as another
 # field or close a message.
 
-JUDGE_SYSTEM = ("You review answers to instructions. If the answer is flawless, reply with the one word Perfect. "
-                "Otherwise say precisely what is wrong with it: name each fault, quote the place, and add no praise.")
-JUDGE_USER = "Instruction:\n{instruction}\n\nAnswer:\n{output}\n\nYour review:"
 REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\nWhat a reviewer said of it:\n{judgment}\n\n"
                "Write the answer anew so that the reviewer would have nothing to object to. Give only the answer.")
 

@@ -4,10 +4,10 @@
   python train_cut.py --model DIR --data judged.json        offline: one pass over judged responses
   torchrun --nproc_per_node 8 train_cut.py --model ...      the same on eight GPUs
 
-A bad response y to an instruction x, with a judgment j- that says what is wrong, is read twice: after x alone, and after
-x and j-. Tokens that the judgment makes more than lambda times as likely are the ones it complains about: under x they
-get unlikelihood, the rest of the response likelihood (L1). The whole of y after (x, j-) gets likelihood (L2), which is
-what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py` shows
+A bad response y to an instruction x, with a judgment j- that says what is wrong, is read twice: after x alone, and
+after x and j-. Tokens that the judgment makes more than lambda times as likely are the ones it complains about: under x
+they get unlikelihood, the rest of the response likelihood (L1). The whole of y after (x, j-) gets likelihood (L2):
+this is what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py` shows
 what this takes; the formula is losses.cut_token_loss.
 """
 import argparse
@@ -152,8 +152,8 @@ def table(results):
 
 def examples_marked(tokenizer, detected, judged, count=2):
     """What CUT sees: sampled responses of the last round, the flagged tokens in brackets."""
-    lines = ["", "two responses of the last round; in brackets the tokens that the judgment made more than lambda times "
-             "as likely"]
+    lines = ["", "what CUT saw in the last round: in brackets, the tokens that the judgment made more than lambda "
+             "times as likely"]
     for r in [r for r in judged if r["id"] in detected and detected[r["id"]].any()][:count]:
         marked = mark(tokenizer.pieces(tokenizer.encode_response(r["output"])), detected[r["id"]].tolist())
         lines.append(f"  instruction  {r['instruction']}\n  judgment     {r['judgment']}\n  response     {marked}\n")
@@ -226,7 +226,7 @@ def main(argv=None):
         if args.flags == "all":
             flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
         if test or args.flags == "frozen":
-            path = out / f"flags-{number}.jsonl"                            # kept, because a resumed run's model has moved
+            path = out / f"flags-{number}.jsonl"                            # kept: a resumed run's model has moved on
             if not (start and path.is_file()):
                 bad = [r for r in judged if r["judgment"] is not None]
                 bad = encode(tokenizer, bad, args.format, args.max_length) if bad else []
@@ -253,7 +253,8 @@ def main(argv=None):
             singles += [(e, 1 / len(again)) for e in again[rank::world]]
             if not pairs and not singles:                                   # an uneven tail left this rank without any
                 singles = [(batch[0]._replace(judged=None), 0.0)]
-            micro = [pair_batch(part, 1 / len(batch), flags, args, device) for part in split(pairs, args.micro_batch_size)]
+            micro = [pair_batch(part, 1 / len(batch), flags, args, device)
+                     for part in split(pairs, args.micro_batch_size)]
             micro += [single_batch(part, device, args.dtype) for part in split(singles, 2 * args.micro_batch_size)]
             loss_sum, seen = 0.0, torch.zeros(5, dtype=torch.float64)
             for i, (tokens, targets, token_loss, given) in enumerate(micro):
@@ -276,8 +277,8 @@ def main(argv=None):
             # --- log and save
             count, flagged, log_ratio, flagged_loss, unflagged_loss = seen
             metrics({"step": number * steps + step, "round": number, "loss": loss_sum, "lr": lr,
-                     "grad_norm": norm.item(), "flagged": flagged / max(1, count), "log_ratio": log_ratio / max(1, count),
-                     "flagged_loss": flagged_loss / max(1, flagged),
+                     "grad_norm": norm.item(), "flagged": flagged / max(1, count),
+                     "log_ratio": log_ratio / max(1, count), "flagged_loss": flagged_loss / max(1, flagged),
                      "unflagged_loss": unflagged_loss / max(1, count - flagged), "seconds": time.time() - step_time})
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{loss_sum:.3f}", flagged=f"{flagged / max(1, count):.1%}")

@@ -62,7 +62,7 @@ def parse(argv):
 
 
 def world_preferences(model, tokenizer, records, args, rank, world):
-    """Two answers of the SFT model to each instruction; the one with fewer wrong words is preferred, ties are dropped."""
+    """Two answers of the SFT model to each instruction; the one with fewer wrong words is preferred; no ties."""
     texts = respond(model, tokenizer, records, args.format, max_new_tokens=32, temperature=1.0, seed=args.seed, n=2,
                     rank=rank, world=world, label="sampling pairs")
     pairs = []
@@ -80,7 +80,7 @@ def encode_pairs(tokenizer, pairs, form, max_length):
     encoded = []
     for r in pairs:
         prompt = tokenizer.encode_prompt(format_prompt(r, form))
-        texts = (r["output_1"], r["output_2"]) if r["preference"] == 1 else (r["output_2"], r["output_1"])
+        texts = (r["output_1"], r["output_2"]) if r["preference"] < 1.5 else (r["output_2"], r["output_1"])
         encoded.append(tuple(prompt + tokenizer.encode_response(text) for text in texts))
     fits = [pair for pair in encoded if max(map(len, pair)) <= max_length]
     if len(fits) < len(encoded):

@@ -19,8 +19,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations, split,
-                  world_tokenizer)
+from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations,
+                  read_judge_training, split, world_tokenizer)
 from losses import nll_token_loss
 from model import (DTYPES, Config, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics,
                    print0, save_resume, setup_distributed)
@@ -30,6 +30,9 @@ from simulate import JUDGES
 DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
             "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256), "beta2": (0.999, 0.95)}
 
+# How --data becomes demonstrations. `judge` trains a judge on judged responses; see data.py for each.
+RECIPES = {"demonstrations": read_demonstrations, "judge": read_judge_training}
+
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +40,8 @@ def parse(argv):
     p.add_argument("--model", default="", help="checkpoint directory to start from (default: a small random LLaMA)")
     p.add_argument("--data", default="", help="demonstrations, JSON or JSONL (default: the built-in world)")
     p.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
-    p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches to read")
+    p.add_argument("--recipe", choices=RECIPES, default="demonstrations", help="how --data is read")
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches")
     p.add_argument("--out", default="", help="run folder (default: out/sft-SEED-JUDGE)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
@@ -93,7 +97,7 @@ def main(argv=None):
         if not args.model:
             raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
         tokenizer = Tokenizer.from_pretrained(args.model)
-        records = read_demonstrations(args.data)
+        records = RECIPES[args.recipe](args.data)
     else:
         tokenizer = world_tokenizer()
         records = World(args.seed).demonstrations(args.batch_size * args.steps // 4, JUDGES[args.judge])

@@ -70,10 +70,10 @@ def metrics(directory):
     return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(processes, script, argv, **kw):
+def launch(processes, script, argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*command, str(ROOT / script), *argv], env=env, capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run([*command, str(ROOT / script), *argv], env=env, capture_output=True, text=True, timeout=300)
 
 
 def two_equal_one(name, dtype, tolerance, base, files, tmp_path):
@@ -129,8 +129,9 @@ def test_stopping_and_resuming_is_bitwise_not_stopping(name, base, files, tmp_pa
     script.main(arguments(name, base, files, tmp_path / "parts", "--save-every", 4, "--resume", *more))
     a, b = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    strip = [[{k: v for k, v in x.items() if k != "seconds"} for x in metrics(tmp_path / d)] for d in ("whole", "parts")]
-    assert strip[0] == strip[1]
+    lines = [[{k: v for k, v in x.items() if k != "seconds"} for x in metrics(tmp_path / d)]
+             for d in ("whole", "parts")]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
@@ -186,7 +187,8 @@ def test_the_main_job_in_small(base, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"sft", "rounds", "seconds", "peak_memory_bytes"} and len(results["rounds"]) == 2
     for r in results["rounds"]:
-        assert set(r) == {"exact_match", "errors", "win_rate", "win_rate_se", "precision", "recall", "flagged", "seconds"}
+        assert set(r) == {"exact_match", "errors", "win_rate", "win_rate_se", "precision", "recall", "flagged",
+                          "seconds"}
         assert all(0 <= r[k] <= 1 for k in ("exact_match", "win_rate", "precision", "recall", "flagged"))
     assert "win rate vs SFT" in capsys.readouterr().out
     assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
@@ -251,7 +253,8 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(base, files, tmp_path)
             train_cut.main(["--model", str(broken), "--data", str(path), "--out", str(tmp_path / "out")])
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     config = json.loads((base / "config.json").read_text())
-    for change, message in (({"model_type": "mistral"}, "model_type is 'mistral'"), ({"vocab_size": 5}, "belong together")):
+    for change, message in (({"model_type": "mistral"}, "model_type is 'mistral'"),
+                            ({"vocab_size": 5}, "belong together")):
         (broken / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
             train_cut.main(["--model", str(broken), "--data", str(files["cut"]), "--out", str(tmp_path / "out")])
@@ -292,7 +295,8 @@ def test_cuts_own_file_on_a_llama(tmp_path, capsys):
     tokenizer = data.Tokenizer((SHARED / "llama" / "tokenizer.model").read_bytes())
     LLaMA(Config(vocab_size=32000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=8)).save_pretrained(tmp_path / "llama", tokenizer)
-    train_cut.main(["--model", str(tmp_path / "llama"), "--data", str(SHARED / "cut" / "train-alpaca-sample-iter1.json"),
+    file = SHARED / "cut" / "train-alpaca-sample-iter1.json"
+    train_cut.main(["--model", str(tmp_path / "llama"), "--data", str(file),
                     "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in printed
