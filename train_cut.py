@@ -7,8 +7,8 @@
 A bad response y to an instruction x, with a judgment j- that says what is wrong, is read twice: after x alone, and
 after x and j-. Tokens that the judgment makes more than lambda times as likely are the ones it complains about: under x
 they get unlikelihood, the rest of the response likelihood (L1). The whole of y after (x, j-) gets likelihood (L2):
-this is what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py` shows
-what this takes; the formula is losses.cut_token_loss.
+this is what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py`
+shows what this takes; the formula is losses.cut_token_loss.
 """
 import argparse
 import json

@@ -1,11 +1,14 @@
 """data.py: the tokenizer against sentencepiece and transformers, prompts, readers, batches, the built-in world."""
 import collections
+import gzip
 import hashlib
+import http.server
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -642,3 +645,100 @@ def test_units_and_join():
     for r in world.instructions("test", 200):
         told = world.demonstrate(r, rng)
         assert D.join(D.units(told)) == told
+
+
+# ---------------------------------------------------------------------------------------------------------- downloads
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; the first answer is cut off half way, unless `whole`; Range is honoured, unless `stubborn`."""
+    content, whole, stubborn, asked = b"", False, False, []
+
+    def do_GET(self):
+        cls, begin = type(self), 0
+        cls.asked.append(self.headers.get("Range"))
+        if self.headers.get("Range") and not cls.stubborn:
+            begin = int(self.headers["Range"][len("bytes="):-1])
+        body = cls.content[begin:]
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if cls.whole else body[:len(body) // 2])
+        cls.whole = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    RangeServer.content, RangeServer.whole, RangeServer.stubborn = b"0123456789" * 50_000, True, False
+    RangeServer.asked = []
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/file.json"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_download_goes_on_where_it_was_cut_off(server, tmp_path):
+    """Starting over, appending to a file that the server sent from its beginning, or keeping half a file as whole."""
+    sha = hashlib.sha256(RangeServer.content).hexdigest()
+    for stubborn in (False, True):
+        RangeServer.whole, RangeServer.stubborn, RangeServer.asked = False, stubborn, []
+        path = tmp_path / f"{stubborn}.json"
+        D.download(server, path, sha)
+        assert path.read_bytes() == RangeServer.content and not Path(f"{path}.part").exists()
+        first, second = RangeServer.asked
+        assert first is None and 0 < int(second[len("bytes="):-1]) <= 250_000
+        D.download(server, path, sha)                                    # already here
+        assert len(RangeServer.asked) == 2
+
+
+def test_a_damaged_download_is_refused(server, tmp_path):
+    """A file with other bytes than published must not be used, nor lie there for the next run to find."""
+    with pytest.raises(InputError, match="SHA-256 is .* expected 00"):
+        D.download(server, tmp_path / "file.json", "00")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    """A traceback of five layers of libraries, or endless tries."""
+    monkeypatch.setattr(D.time, "sleep", lambda seconds: None)
+    with pytest.raises(InputError, match="no connection .* put it at .*x.json, and run this again"):
+        D.download("http://127.0.0.1:9/x.json", tmp_path / "x.json", tries=2)
+
+
+def test_critiques_become_judged_responses(tmp_path):
+    """The best-ranked answer with all its critiques; no critique is good; empty, skipped, unrefined ones are counted."""
+    def answer(text, *critiques, **feedback):
+        return {"answer": text, "feedback": {"rating": 3, "critiques": [
+            {"text": t, "refinement": r} for t, r in critiques], **feedback}}
+
+    questions = [
+        {"question": "Q1", "answers": [answer("worse"), answer("better", ("c1", "r1"), ("c2", "r2"))],
+         "rankings": [1, 2]},
+        {"question": "Q2", "answers": [answer("good")], "rankings": [1]},
+        {"question": "Q3", "answers": [answer("skipped", skip=True)], "rankings": [1]},
+        {"question": "Q4", "answers": [answer("unrefined", ("c", ""))], "rankings": [1]},
+        {"question": "", "answers": [answer("no question")], "rankings": [1]},
+    ]
+    path = tmp_path / "train.jsonl.gz"
+    record = {"id": "a", "data": {"passage": {"title": "T", "text": "P"}, "questions": questions}}
+    path.write_bytes(gzip.compress(json.dumps(record).encode()))
+    records = D.read_judged(path)
+    assert [(r["instruction"], r["output"], r["judgment"], r["reference"]) for r in records] == [
+        ("P\nQ1", "better", "c1 c2", "r2"), ("P\nQ2", "good", None, None)]
+    path.write_bytes(gzip.compress(json.dumps({"data": {"questions": [{}], "passage": {"text": ""}}}).encode()))
+    with pytest.raises(InputError, match="record 0 is not in the layout of the critiques"):
+        D.read_judged(path)
+
+
+def test_a_judge_learns_from_judged_responses(tmp_path):
+    """The judge's prompt in training must be the one that simulate.py asks it with."""
+    path = tmp_path / "judged.json"
+    path.write_text(json.dumps([{"instruction": "a", "input": "b", "output": "{y}", "judgment": "bad"},
+                                {"instruction": "c", "output": "d", "judgment": None}]))
+    one, two = D.read_judge_training(path)
+    assert one["instruction"] == D.JUDGE_SYSTEM + "\n\nInstruction:\na\n\nb\n\nAnswer:\n{y}\n\nYour review:"
+    assert (one["output"], two["output"]) == ("bad", "Perfect.") and one["judgment"] is None

@@ -1,4 +1,5 @@
 """The judge that knows the truth (simulate.py), and the measures (evaluate.py) against numbers worked out by hand."""
+import json
 import math
 import random
 import re
@@ -10,11 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Tokenizer, World, join, units, world_tokenizer  # noqa: E402
-from evaluate import detection, exact_match, gap_closed, mark, mean_and_se, token_words, win_rate  # noqa: E402
+from evaluate import (agreement, bias, detection, exact_match, gap_closed, labels_of, mark, mean_and_se,  # noqa: E402
+                      prefers, token_words, variance, win_rate)
 from simulate import JUDGES, corrected, count_errors, differences, judge_reference, wrong_words  # noqa: E402
 
 torch.set_num_threads(1)
-LLAMA = Path(__file__).resolve().parents[2] / "shared" / "data" / "llama" / "tokenizer.model"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+LLAMA = SHARED / "llama" / "tokenizer.model"
 TRUE = "The cat lives in the den, eats fish and is red."
 # response, reference, its differences, number of errors, wrong words, what `corrects` and what `points` says
 CASES = {
@@ -270,3 +273,37 @@ def test_marked_text():
     assert mark(pieces, [True] + [False] * 5 + [True]) == "[The] answer is 13.[</s>]"
     every = mark(pieces, [True] * 7)
     assert re.sub(r"[\[\]]", "", every) == "The answer is 13.</s>" and every.count("[") == every.count("]") == 7
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs AlpacaEval's published annotations")
+def test_win_rates_are_those_of_alpacaevals_leaderboard():
+    """A rate of discrete wins, a standard error with ddof 0, or ties lost, would differ from the public table."""
+    for model in json.loads((SHARED / "alpaca_eval" / "annotations.json").read_text(encoding="utf-8")):
+        scores = [r["preference"] - 1 for r in model["rows"] if r["preference"] is not None]
+        mean, se = mean_and_se(scores)
+        assert 100 * mean == pytest.approx(float(model["leaderboard"]["win_rate"]), abs=1e-6)
+        assert 100 * se == pytest.approx(float(model["leaderboard"]["standard_error"]), abs=1e-6)
+
+
+def preference(instruction, a, b, label, **more):
+    return {"instruction": instruction, "input": "", "output_1": a, "output_2": b, "preference": label, **more}
+
+
+def test_the_meter_by_hand():
+    """Agreement, variance and bias by their definitions, ties in a vote counting half, order of storage not at all."""
+    one = labels_of([preference("x", "a", "b", 1), preference("x", "b", "a", 2), preference("y", "a", "b", 2)])
+    assert one == {("x", "", "a", "b"): [1, 1], ("y", "", "a", "b"): [2]}
+    people = {"p": [1, 1, 2, 1], "q": [2, 2, 1, 1], "r": [2, 2, 2, 2]}
+    judge = {"p": [1], "q": [2], "r": [1], "s": [1]}
+    # p: leaving out a 1 leaves {1, 1, 2} or, the 2, {1, 1, 1}: always 1. q: a 2 out leaves 1, a 1 out leaves 2: half.
+    assert agreement(judge, people)[0] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert bias(judge, people)[0] == pytest.approx((0 + 0.5 + 1) / 3)
+    # p: a 1 against {1, 2, 1}: right, three times; the 2 against {1, 1, 1}: wrong. q: each against a majority of others.
+    assert variance(people)[0] == pytest.approx((0.25 + 1 + 0) / 3)
+    assert variance({"p": [1, 2]})[0] == 1 and variance({"p": [1, 1, 2]})[0] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    long = "x" * 40
+    records = [preference("a", "s", long, 2, switched=False), preference("b", long, "s", 2, switched=True),
+               preference("c", long, "s", 1, switched=True), preference("d", "s", "ss", 1, switched=False),
+               preference("e", "s", "ss", 1, switched=False, annotator="noise")]
+    assert prefers(records, "length")[0] == pytest.approx(2 / 3)
+    assert prefers(records, "position")[0] == pytest.approx(2 / 4)          # b and d took the first shown
