@@ -5,10 +5,10 @@
   prefer   pairs, or n outputs each -> preferences      for train_ppo.py; or two files -> a win rate
   refine   judged responses -> better outputs    rewritten with the judgment in the prompt (ILF)
 
-  python simulate.py --model out/cut-0 --prompt "Say what 7 plus 5 is."          one typed prompt (sample is the default)
+  python simulate.py --model out/cut-0 --prompt "Say what 7 plus 5 is."       one typed prompt (sample is the default)
   python simulate.py sample --model out/sft-0-corrects --data ask.json --n 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
-  python simulate.py judge --data outputs.jsonl --by api --api http://localhost:8000/v1 --api-model NAME --out judged.jsonl
+  python simulate.py judge --data outputs.jsonl --by api --api URL --api-model NAME --out judged.jsonl
 
 Who judges (--by): `reference` knows the right answer and compares word by word; `simulated` stands in for AlpacaFarm's
 pool of API annotators, offline, with set accuracy and biases; `api` asks any OpenAI-compatible server; `model` asks a
@@ -34,8 +34,8 @@ from typing import NamedTuple
 import requests
 from tqdm import tqdm
 
-from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions, read_judged,
-                  read_outputs, read_pairs, split, units, write_json_lines)
+from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions,
+                  read_judged, read_outputs, read_pairs, split, units, write_json_lines)
 from model import DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, write_json
 
 
@@ -113,8 +113,8 @@ def corrected(response, reference, most=3):
 def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, seed, n=1, top_p=1.0, top_k=0,
             batch_size=512, rank=0, world=1, numbers=None, label="sampling"):
     """Answers every record: a list with n texts for each, the same on all ranks and for any number of ranks. `numbers`
-    are the records' numbers in their file (default 0, 1, 2, ...): randomness belongs to the number, so that a file can be
-    done in parts."""
+    are the records' numbers in their file (default 0, 1, 2, ...): randomness belongs to the number, so that a file can
+    be done in parts."""
     numbers = range(len(records)) if numbers is None else numbers
     rows = list(range(len(records)))[rank::world]
     prompts = [tokenizer.encode_prompt(format_prompt(records[i], form)) for i in rows]
@@ -132,8 +132,8 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
 # US dollars per million tokens (prompt, completion), with the date of the price. Names match exactly: a "gpt-4o" priced
 # as "gpt-4" would be off by ten. --price overrides.
 PRICES = {
-    "gpt-4o-mini": (0.15, 0.60, "2024-07"), "gpt-4o": (2.50, 10.00, "2024-10"), "gpt-4-turbo": (10.00, 30.00, "2024-04"),
-    "gpt-4": (30.00, 60.00, "2023-06"), "gpt-3.5-turbo": (0.50, 1.50, "2024-01"),
+    "gpt-4o-mini": (0.15, 0.60, "2024-07"), "gpt-4o": (2.50, 10.00, "2024-10"), "gpt-4": (30.00, 60.00, "2023-06"),
+    "gpt-4-turbo": (10.00, 30.00, "2024-04"), "gpt-3.5-turbo": (0.50, 1.50, "2024-01"),
 }
 HUMAN_PRICE = 0.30           # dollars for one pair compared by a crowd worker (AlpacaFarm section 3.4)
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}    # worth another try
@@ -151,8 +151,8 @@ def estimate_tokens(text):
 
 
 class Cache:
-    """Answers that have been paid for: a JSONL file that each is appended to, and flushed, as it comes. The key is a hash
-    of everything that decides the answer. A line torn by a crash is skipped, and its answer asked for again."""
+    """Answers that have been paid for: a JSONL file that each is appended to, and flushed, as it comes. The key is a
+    hash of everything that decides the answer. A line torn by a crash is skipped, its answer asked for again."""
 
     def __init__(self, path):
         self.path, self.answers, self.file = Path(path), {}, None
@@ -265,9 +265,9 @@ class Client:
                 self.reserved -= most
 
     def _once(self, payload):
-        """One request: (Answer, "", 0) when that settles it, else (None, kind of fault, seconds the server asks for)."""
+        """One request: (Answer, "", 0) if that settles it, else (None, kind of fault, seconds the server asks for)."""
         if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()                         # one a thread, so that connections stay open
+            self.local.session = requests.Session()                         # one a thread: connections stay open
             self.local.session.auth = self._sign
         with self.lock:
             self.stats["calls"] += 1
@@ -327,10 +327,11 @@ def retry_after(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Prompts of the API judges. Texts go in by fill_in and into messages of their own role, so no output can pose as another
-# field or close a message.
+# Prompts of the API judges. Texts go in by fill_in and into messages of their own role, so no output can pose as
+# another field or close a message.
 
-REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\nWhat a reviewer said of it:\n{judgment}\n\n"
+REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\n"
+               "What a reviewer said of it:\n{judgment}\n\n"
                "Write the answer anew so that the reviewer would have nothing to object to. Give only the answer.")
 
 
@@ -380,12 +381,14 @@ ANNOTATORS = [
 ]
 SINGLE = [Annotator("single", "strong", "json", 1, CAREFUL)]               # one low-variance judge
 
-STYLES = {   # style: (what it is told, pattern of "(a) is better", of "(b) is better", an answer for the example, tokens)
+# style: (what it is told, pattern of "(a) is better", of "(b) is better", the answer in its example, tokens a pair)
+STYLES = {
     "word": ("Answer with one line and nothing else: `Output (a)` or `Output (b)`.",
              r"Output \(a\)", r"Output \(b\)", "Output (b)", 20),
     "list": ("Answer with one line for each pair, in order: `Output (a)` or `Output (b)`. Write nothing else.",
              r"(?m)^ ?Output \(a\)", r"(?m)^ ?Output \(b\)", "Output (b)", 20),
-    "json": ('Answer with one line of JSON for each pair, in order: {"reason": "a few words", "a_is_better": true or false}',
+    "json": ('Answer with one line of JSON for each pair, in order: '
+             '{"reason": "a few words", "a_is_better": true or false}',
              r'"a_is_better"\s*:\s*true', r'"a_is_better"\s*:\s*false',
              '{"reason": "(a) is wrong: 2 plus 2 is 4", "a_is_better": false}', 80),
 }
@@ -565,8 +568,8 @@ def make_client(args):
 
 
 def answers(args, asks, n=1, system="", label="sampling"):
-    """Answers to asks (records with instruction and input) by --api or --model: a list of n Answers each, and the client
-    (None for a model). Either way they are kept as they come, and a rerun goes on where it stopped."""
+    """Answers to asks (records with instruction and input) by --api or --model: a list of n Answers each (None after a
+    dry run), and the client (None for a model). They are kept as they come: a rerun goes on where it stopped."""
     if args.api:
         client = make_client(args)
         payloads = [chat(args.api_model, whole_instruction(r), system, temperature=args.temperature, top_p=args.top_p,
@@ -604,14 +607,14 @@ def answers(args, asks, n=1, system="", label="sampling"):
 def dry_run(client, payloads, examples, free=0):
     """Prints what sending these payloads would cost at most, and returns None. `free` examples need no call."""
     calls, prompt, completion, cost = client.estimate(payloads)
-    print(f"{examples + free} examples: {free} need no call, {len(payloads) - calls} prompts are answered in the cache, "
-          f"{calls} calls to send; about {prompt} prompt tokens, at most {completion} completion tokens")
+    print(f"{examples + free} examples: {free} need no call, {len(payloads) - calls} prompts are in the cache, {calls} "
+          f"calls to send; about {prompt} prompt tokens, at most {completion} completion tokens")
     if client.price is None:
         print("cost unknown: give --price PROMPT COMPLETION, in dollars per million tokens")
         return
     per_thousand = 1000 * cost / max(1, examples + free)
-    print(f"at ${client.price[0]} and ${client.price[1]} per million tokens: at most ${cost:.2f}, ${per_thousand:.2f} per "
-          f"1,000 examples; people comparing pairs cost ${1000 * HUMAN_PRICE:.0f} per 1,000"
+    print(f"at ${client.price[0]} and ${client.price[1]} per million tokens: at most ${cost:.2f}, ${per_thousand:.2f} "
+          f"per 1,000 examples; people comparing pairs cost ${1000 * HUMAN_PRICE:.0f} per 1,000"
           + (f", {1000 * HUMAN_PRICE / per_thousand:.0f} times as much" if per_thousand else ""))
 
 
@@ -637,6 +640,13 @@ def finish(args, records, failed, client=None, **more):
     return 0
 
 
+def sort_out(records, found):
+    """One Answer each -> [(record, text)] of those that have one, and the failed records with their reasons."""
+    pairs = [(r, a) for r, (a,) in zip(records, found)]
+    return ([(r, a.text) for r, a in pairs if (a.text or "").strip()],
+            [{**r, "reason": a.reason or "empty answer"} for r, a in pairs if not (a.text or "").strip()])
+
+
 def sample(args):
     if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
         raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
@@ -656,7 +666,7 @@ def sample(args):
             done.append({**r, "output": texts[0] if args.n == 1 else texts, "generator": args.api_model or args.model})
         else:
             failed.append({**r, "reason": next(a.reason for a in mine if a.text is None)})
-    return finish(args, done, failed, client, empty=sum(not t.strip() for r in found for a in r for t in [a.text or ""]))
+    return finish(args, done, failed, client, empty=sum(not (a.text or "").strip() for r in found for a in r))
 
 
 def judge(args):
@@ -670,8 +680,8 @@ def judge(args):
     found, client = answers(args, asks, system=JUDGE_SYSTEM, label="judging")
     if found is None:
         return 0
-    done = [{**r, "judgment": read_judgment(a.text)} for r, (a,) in zip(records, found) if (a.text or "").strip()]
-    failed = [{**r, "reason": a.reason or "empty judgment"} for r, (a,) in zip(records, found) if not (a.text or "").strip()]
+    done, failed = sort_out(records, found)
+    done = [{**r, "judgment": read_judgment(text)} for r, text in done]
     good = sum(r["judgment"] is None for r in done)
     return finish(args, done, failed, client, perfect=good, criticized=len(done) - good)
 
@@ -683,9 +693,9 @@ def refine(args):
     found, client = answers(args, asks, label="refining")
     if found is None:
         return 0
-    done = [{**r, "judgment": None, "rejected": r["output"], "was_judged": r["judgment"], "output": a.text.strip()}
-            for r, (a,) in zip(records, found) if (a.text or "").strip()]
-    failed = [{**r, "reason": a.reason or "empty answer"} for r, (a,) in zip(records, found) if not (a.text or "").strip()]
+    done, failed = sort_out(records, found)
+    done = [{**r, "judgment": None, "rejected": r["output"], "was_judged": r["judgment"], "output": text.strip()}
+            for r, text in done]
     return finish(args, done, failed, client)
 
 
@@ -713,7 +723,8 @@ def prefer_verb(args):
         pool, annotate = (SINGLE if args.single else ANNOTATORS), ask_annotators(client, models, args.seed)
         if args.dry_run:
             _, asked = draw(pairs, pool, args.noise, args.seed)
-            _, payloads = group_prompts([shown for *_, shown in asked], [who for _, who, _, _ in asked], models, args.seed)
+            shown, who = [r for *_, r in asked], [annotator for _, annotator, _, _ in asked]
+            _, payloads = group_prompts(shown, who, models, args.seed)
             dry_run(client, payloads, len(asked), free=len(pairs) - len(asked))
             return 0
     else:
@@ -726,8 +737,9 @@ def prefer_verb(args):
         pool, annotate = (pool[:1] if args.single else pool), ask_simulated(args.seed)
     labelled, failed = prefer(pairs, pool, annotate, args.noise, args.seed)
     coins = sum(r["annotator"] == "noise" for r in labelled)
+    lost = sum(r["reason"].startswith("not understood") for r in failed)
     more = {"coins": coins, "ties": sum(r["preference"] == 1.5 for r in labelled),
-            "parse_rate": 1 - sum(r["reason"].startswith("not understood") for r in failed) / max(1, len(pairs) - coins)}
+            "parse_rate": 1 - lost / max(1, len(pairs) - coins)}
     if args.against and labelled:
         scores = [r["preference"] - 1 for r in labelled]
         mean = sum(scores) / len(scores)
@@ -750,7 +762,7 @@ def parse(argv):
     files.add_argument("--seed", type=int, default=0, help="of every random choice")
     api.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
     api.add_argument("--api-model", help="the model's name there")
-    api.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if one is needed")
+    api.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key, if there is one")
     api.add_argument("--at-once", type=int, default=32, help="calls under way at a time")
     api.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer")
     api.add_argument("--tries", type=int, default=8, help="times that a call is sent before it is given up")
@@ -762,7 +774,7 @@ def parse(argv):
     answer.add_argument("--format", choices=FORMATS, help="its prompt format (default: what its config.json records)")
     answer.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     answer.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this mass")
-    answer.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all; not --api)")
+    answer.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all)")
     answer.add_argument("--max-new-tokens", type=int, default=300, help="a text is cut off here if it has not ended")
     answer.add_argument("--batch-size", type=int, default=64, help="texts sampled side by side: what fits in memory")
     answer.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")

@@ -710,7 +710,7 @@ def test_no_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
 
 
 def test_critiques_become_judged_responses(tmp_path):
-    """The best-ranked answer with all its critiques; no critique is good; empty, skipped, unrefined ones are counted."""
+    """The best-ranked answer with all its critiques; no critique is good; empty or unrefined ones are counted."""
     def answer(text, *critiques, **feedback):
         return {"answer": text, "feedback": {"rating": 3, "critiques": [
             {"text": t, "refinement": r} for t, r in critiques], **feedback}}

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 TRAIN = ["train_sft.py", "train_cut.py", "train_ppo.py"]
-SCRIPTS = [*TRAIN, "simulate.py", "evaluate.py"]
-RUNTIME = ["model.py", "data.py", "losses.py", *SCRIPTS]
+SCRIPTS = [*TRAIN, "simulate.py", "evaluate.py", "data.py"]
+RUNTIME = ["model.py", "losses.py", *SCRIPTS]
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "requests"}
 TOP = {"README.md", "requirements.txt", "LICENSE", "assets", "tests", *RUNTIME}
 

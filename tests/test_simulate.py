@@ -298,7 +298,7 @@ def test_the_meter_by_hand():
     # p: leaving out a 1 leaves {1, 1, 2} or, the 2, {1, 1, 1}: always 1. q: a 2 out leaves 1, a 1 out leaves 2: half.
     assert agreement(judge, people)[0] == pytest.approx((1 + 0.5 + 0) / 3)
     assert bias(judge, people)[0] == pytest.approx((0 + 0.5 + 1) / 3)
-    # p: a 1 against {1, 2, 1}: right, three times; the 2 against {1, 1, 1}: wrong. q: each against a majority of others.
+    # p: a 1 against {1, 2, 1}: right, thrice; the 2 against {1, 1, 1}: wrong. q: each against a majority of others.
     assert variance(people)[0] == pytest.approx((0.25 + 1 + 0) / 3)
     assert variance({"p": [1, 2]})[0] == 1 and variance({"p": [1, 1, 2]})[0] == pytest.approx((0.5 + 0.5 + 1) / 3)
     long = "x" * 40
