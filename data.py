@@ -12,7 +12,10 @@ One judged record on its way (format `short`; CUT's own format only has longer h
   tokens   <s>  Say  what ...  \\n   The    answer is  13  .          inputs of the network
   targets   .    .    .   ...  The  answer  is     13  .   </s>       what follows each; prompt positions are IGNORE
 
-File formats are JSON lists or JSON Lines; unknown keys are kept. judgment null means that nothing is wrong.
+File formats are JSON lists or JSON Lines; unknown keys are kept. judgment null means that nothing is wrong. Published
+data can be downloaded:
+
+  python data.py alpacafarm cut shepherd critiques --to data
 """
 import argparse
 import codecs
@@ -675,7 +678,7 @@ def world_tokenizer():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Published data:  python data.py cut --to data
+# Published data
 
 _HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_farm/resolve/main/"
 _GITHUB = "https://raw.githubusercontent.com/"

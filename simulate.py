@@ -121,7 +121,8 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
     with tqdm(total=n * len(rows), desc=label, disable=rank > 0 or not label, leave=False, unit="response",
               delay=1) as bar:
         ids = generate(model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
-                       top_k=top_k, seed=seed, rows=[numbers[i] for i in rows], batch_size=batch_size, progress=bar.update) if rows else []
+                       top_k=top_k, seed=seed, rows=[numbers[i] for i in rows], batch_size=batch_size,
+                       progress=bar.update) if rows else []
     texts = dict(gather_lists(zip(rows, [[tokenizer.decode_response(y) for y in ys] for ys in ids])))
     return [texts[i] for i in range(len(records))]
 
