@@ -171,7 +171,7 @@ def test_docstrings_commands_parse(name, capsys):
     lines = [re.split(r"\s{2,}", line.strip())[0] for line in ast.get_docstring(ast.parse(text(name))).splitlines()]
     commands = [c for line in lines if (c := script_and_argv(shlex.split(line) if "python " in line[:7] or
                                                             line.startswith("torchrun ") else []))]
-    assert len(commands) >= 2
+    assert commands
     assert [r for c in commands if (r := refusal(*c))] == []
 
 
