@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from losses import IGNORE
-from model import InputError, read_config
+from model import InputError, print0, read_config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def read_preferences(path, ties=False):
         else:
             records.append(r)
     if left_out:
-        print(f"{path}: {len(records)} pairs; left out {left_out} ties and pairs of equal texts")
+        print0(f"{path}: {len(records)} pairs; left out {left_out} ties and pairs of equal texts")
     if not records:
         raise InputError(f"{path}: no pair is left")
     return records
@@ -346,7 +346,7 @@ def read_judged(path, filter_noise=False):
     negatives = [r for r in records if r["judgment"] is not None]
     errors = [r for r in negatives if r["judgment"].strip() == "$ERROR$"]
     perfect = [r for r in negatives if r["judgment"].lower().lstrip(" \"'").startswith("the response is perfect")]
-    print(f"{path}: {len(negatives)} negatives and {len(records) - len(negatives)} positives; of the negatives "
+    print0(f"{path}: {len(negatives)} negatives and {len(records) - len(negatives)} positives; of the negatives "
           f"{len(errors)} '$ERROR$' and {len(perfect)} 'perfect', "
           f"{'left out' if filter_noise else 'kept (--filter-noise leaves them out)'}")
     if filter_noise:
@@ -380,7 +380,7 @@ def _flatten_critiques(path, records):
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise InputError(f"{path}: record {i} is not in the layout of the critiques: {error!r}") from None
     if left_out:
-        print(f"{path}: left out {left_out} answers that are empty, skipped by the labeler or without a refinement")
+        print0(f"{path}: left out {left_out} answers that are empty, skipped by the labeler or without a refinement")
 
 
 def _read_shepherd_raw(path, i, r):
@@ -435,17 +435,20 @@ def encode(tokenizer, records, form, max_length, hindsight=False):
     instruction or EOS). With hindsight the judgment, if any, becomes part of the one prompt: (x, j-) -> y."""
     if not records:
         raise InputError("there is no record to train on: none is left after the recipe or the filters")
-    examples, too_long = [], []
+    examples, too_long, names = [], [], set()
     for i, r in enumerate(records):
         judgment = r.get("judgment")
         prompt = tokenizer.encode_prompt(format_prompt(r, form, judgment if hindsight else None))
         judged = None
         if judgment is not None and not hindsight:
             judged = tokenizer.encode_prompt(format_prompt(r, form, judgment))
-        e = Example(str(r.get("id", i)), prompt, tokenizer.encode_response(r["output"]), judged)
+        name = str(r.get("id", i))
+        name = name if name not in names else f"{name}#{i}"                 # ids of joined files may repeat
+        names.add(name)
+        e = Example(name, prompt, tokenizer.encode_response(r["output"]), judged)
         (examples if e.size() <= max_length else too_long).append(e)
     if too_long:
-        print(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
+        print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
               f"{max(e.size() for e in too_long)} (ids {', '.join(e.id for e in too_long[:5])} ...): see --max-length")
     if not examples:
         raise InputError(f"no record fits in {max_length} tokens: raise --max-length")

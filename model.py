@@ -682,6 +682,8 @@ def save_resume(path, model, optimizer, state, rank):
 
 def load_resume(path, model, optimizer):
     """Undoes save_resume; returns its `state`."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: nothing to resume here: run without --resume, or give the --out of the stopped run")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])

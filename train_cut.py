@@ -220,16 +220,16 @@ def main(argv=None):
                         write_json_lines(path, judged)
                     all_sum([0], device)                                    # the others wait until the file is there
             judged = read_json(out / f"round-{number}.jsonl")
-        examples = encode(tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length,
-                          hindsight=args.recipe == "hindsight")
+        answered = encode(tokenizer, judged, args.format, args.max_length)
+        examples = answered if args.recipe == "cut" else encode(
+            tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length, hindsight=args.recipe == "hindsight")
         flags = {}
         if args.flags == "all":
             flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
         if test or args.flags == "frozen":
             path = out / f"flags-{number}.jsonl"                            # kept: a resumed run's model has moved on
             if not (start and path.is_file()):
-                bad = [r for r in judged if r["judgment"] is not None]
-                bad = encode(tokenizer, bad, args.format, args.max_length) if bad else []
+                bad = [e for e in answered if e.judged]
                 detected = [detect(*logp, args.lam).tolist() for logp in pair_logp(model, bad, device)]
                 if rank == 0:
                     write_json_lines(path, [{"id": e.id, "flags": f} for e, f in zip(bad, detected)])
@@ -241,6 +241,7 @@ def main(argv=None):
         steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
 
         # --- loop
+        stopping = False
         bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,
                    unit="step", leave=False)
         for step in bar:
@@ -287,7 +288,7 @@ def main(argv=None):
                             {"round": number, "step": step + 1, "results": json.dumps(results["rounds"])}, rank)
             if stopping:
                 break
-        if stop.requested:
+        if stopping:
             break
 
         # --- evaluate
@@ -303,15 +304,14 @@ def main(argv=None):
     # --- save
     if rank == 0:
         model.save_pretrained(out, tokenizer, extra=run)
-    if test and rank == 0:
+    if test and rank == 0 and not stopping:
         results.update(seconds=time.time() - start_time, peak_memory_bytes=peak_memory(device))
         write_json(out / "results.json", results)
         print(table(results))
         if args.flags != "all" and results["rounds"]:
             print(examples_marked(tokenizer, detected, judged))
-    print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
-           f"{time.time() - start_time:.0f} s")
-    return 130 if stop.requested else 0
+    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
+    return 130 if stopping else 0
 
 
 if __name__ == "__main__":

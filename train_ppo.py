@@ -155,6 +155,7 @@ def main(argv=None):
     metrics = open_metrics(out / "metrics.jsonl", start, rank)
 
     # --- loop
+    stopping = False
     bar = tqdm(range(start, args.steps), desc="reward", initial=start, total=args.steps, disable=rank > 0, unit="step")
     for step in bar:
         step_time = time.time()
@@ -197,9 +198,8 @@ def main(argv=None):
         write_json(out / "results.json", {"accuracy": share, "accuracy_se": se, "held_out": len(held_out),
                                           "trained_on": len(train), "seconds": time.time() - start_time})
     print0(f"accuracy on {len(held_out)} held-out pairs {share:.3f} +- {se:.3f}, trained on {len(train)}")
-    print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
-           f"{time.time() - start_time:.0f} s")
-    return 130 if stop.requested else 0
+    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
+    return 130 if stopping else 0
 
 
 if __name__ == "__main__":

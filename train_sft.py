@@ -122,6 +122,7 @@ def main(argv=None):
     run = {"prompt_format": args.format, "run": vars(args)}
 
     # --- loop
+    stopping = False
     bar = tqdm(range(start, args.steps), desc="sft", initial=start, total=args.steps, disable=rank > 0, unit="step")
     for step in bar:
         step_time = time.time()
@@ -165,9 +166,8 @@ def main(argv=None):
     if rank == 0:
         model.save_pretrained(out, tokenizer, extra={**run, "steps_done": step + 1})
     all_sum([0], device)                                                    # the others wait until the model is there
-    print0(f"{'stopped: go on with --resume; ' if stop.requested else ''}model in {out}, "
-           f"{time.time() - start_time:.0f} s")
-    return 130 if stop.requested else 0
+    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
+    return 130 if stopping else 0
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_torn_cache_line(serve, tmp_path):
     assert server.calls == 5
 
 
-@pytest.mark.parametrize("text", ["one\u2028two", "a\u0085b", "c\u2029", "\x0b\x1c", "é 😀", "half \ud83d an emoji"])
+@pytest.mark.parametrize("text", ["one\u2028two", "a\u0085b", "c\u2029", "v\x0bw\x1cx", "é 😀", "half \ud83d an emoji"])
 def test_odd_characters_survive_the_cache(serve, tmp_path, text):
     """A line separator inside an answer tears its line of the cache, or half an emoji ends the run."""
     server = serve(answer=lambda payload: text)
@@ -381,7 +381,7 @@ for argv in json.load(open(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("key", [SECRET, SECRET + "\\n"[:0] + "\n"], ids=["clean", "with a line break"])
+@pytest.mark.parametrize("key", [SECRET, SECRET + "\n"], ids=["clean", "with a line break"])
 def test_the_key_is_nowhere(serve, tmp_path, key):
     """The key stands in an error message, a list of failures or the cache, because the server repeats it; or a netrc
     file or a line break at its end replaces it, and a traceback shows it."""

@@ -211,3 +211,14 @@ python train_ppo.py
     for argv in (["--no-such-flag"], ["--steps", "many"], ["stray"]):
         assert "SystemExit" in refusal("train_sft.py", argv)
     assert refusal("evaluate.py", []) and refusal("other.py", [])
+
+
+def test_the_optimizer_step_is_the_same_in_the_train_scripts():
+    """Drift between the loops: clipping before the sync, a learning rate set late, or gradients never zeroed."""
+    steps = []
+    for name in TRAIN:
+        lines = [line.split("  #")[0].strip() for line in text(name).splitlines()]
+        begin = next(i for i, line in enumerate(lines) if line.startswith("norm ="))
+        end = next(i for i, line in enumerate(lines) if line.startswith("optimizer.zero_grad"))
+        steps.append([line for line in lines[begin:end + 1] if not line.startswith("lr =")])
+    assert len(steps) == 3 and len(steps[0]) == 5 and steps[0] == steps[1] == steps[2]
