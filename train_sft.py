@@ -22,13 +22,15 @@ from tqdm import tqdm
 from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations,
                   read_judge_training, split, world_tokenizer)
 from losses import nll_token_loss
-from model import (DTYPES, Config, LLaMA, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics,
-                   print0, save_resume, setup_distributed)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora, all_sum,
+                   load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter, save_resume,
+                   setup_distributed)
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
 DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
-            "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256), "beta2": (0.999, 0.95)}
+            "epochs": (3.0, 0.0), "format": ("alpaca", "short"), "max_length": (1024, 256), "beta2": (0.999, 0.95),
+            "lora_rank": (0, 0)}
 
 # How --data becomes demonstrations. `judge` trains a judge on judged responses; see data.py for each.
 RECIPES = {"demonstrations": read_demonstrations, "judge": read_judge_training}
@@ -52,6 +54,10 @@ def parse(argv):
     p.add_argument("--lr", type=float, help="peak learning rate (default 2e-5)")
     p.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine decay")
     p.add_argument("--beta2", type=float, help="AdamW's decay of squared gradients (default 0.999)")
+    p.add_argument("--lora-rank", type=int, help="train adapters of this rank only (0: all weights; default 0)")
+    p.add_argument("--lora-alpha", type=float, default=16.0, help="adapters are scaled by alpha / rank")
+    p.add_argument("--lora-dropout", type=float, default=0.05, help="dropout in front of the adapters")
+    p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
     p.add_argument("--seed", type=int, default=0, help="seed of the world, the weights and the order of the data")
     # machine
@@ -115,6 +121,10 @@ def main(argv=None):
     else:
         # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is about 1 / sqrt(96).
         model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
+    if args.lora_rank:
+        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+        trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
+        print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     optimizer = make_optimizer(model, betas=(0.9, args.beta2))
     start = load_resume(out / "resume.pt", model, optimizer)["step"] if args.resume else 0
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -126,6 +136,7 @@ def main(argv=None):
     bar = tqdm(range(start, args.steps), desc="sft", initial=start, total=args.steps, disable=rank > 0, unit="step")
     for step in bar:
         step_time = time.time()
+        torch.manual_seed(args.seed * 10**6 + step + 10**9 * rank)          # dropout, if any, is decided by the step
         batch = batches(step)                                               # the whole step's examples, on every rank
         total = sum(len(examples[i].response) for i in batch)               # response tokens, over all ranks
         mine = batch[rank::world]
@@ -164,6 +175,9 @@ def main(argv=None):
 
     # --- save
     if rank == 0:
+        if args.lora_rank:
+            save_adapter(model, out / "adapter", args.model)
+            merge_lora(model)
         model.save_pretrained(out, tokenizer, extra={**run, "steps_done": step + 1})
     all_sum([0], device)                                                    # the others wait until the model is there
     print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")

@@ -54,9 +54,8 @@ def files(tmp_path_factory):
 
 
 def arguments(name, base, files, out, *more):
-    held_out = ["--held-out", "8"] if name == "reward" else []
-    downsample = ["--downsample", "-1"] if name == "cut" else []
-    return [*held_out, *downsample, "--model", str(base), "--data", str(files[name]), "--format", "short", "--device",
+    own = {"reward": ["--held-out", "8"], "cut": ["--downsample", "-1", "--lora-rank", "0"], "sft": []}[name]
+    return [*own, "--model", str(base), "--data", str(files[name]), "--format", "short", "--device",
             "cpu", "--steps", "10", "--batch-size", "8", "--micro-batch-size", "3", "--lr", "1e-3", "--out", str(out),
             *map(str, more)]
 
