@@ -158,7 +158,7 @@ class Cache:
     def __init__(self, path):
         self.path, self.answers, self.file = Path(path), {}, None
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):    # not at U+2028
                 try:
                     entry = json.loads(line)
                     self.answers[entry["key"]] = entry["text"]
@@ -183,18 +183,22 @@ class Cache:
 class Client:
     """Sends chat completions, a bounded number at once, and keeps every answer in a Cache: a second run, or one after a
     crash, pays only for what is missing. Failures are never stored. The key is read from the environment by the caller
-    and shown nowhere: it is cut out of every message."""
+    and shown nowhere: it is cut out of every message. Each thread stores its answer before it asks again, so that a
+    crash costs `at_once` answers at most."""
 
     def __init__(self, base_url, cache, key="", at_once=32, timeout=120.0, tries=8, price=None, max_cost=math.inf):
-        self.url, self.key, self.cache = base_url.rstrip("/") + "/chat/completions", key, cache
+        self.url, self.key, self.cache = base_url.rstrip("/") + "/chat/completions", key.strip(), cache
         self.at_once, self.timeout, self.tries, self.price, self.max_cost = at_once, timeout, tries, price, max_cost
-        self.lock, self.local = threading.Lock(), threading.local()
+        self.lock, self.local = threading.Condition(), threading.local()
         self.stop, self.fatal = threading.Event(), ""
-        self.reserved = 0.0
-        self.stats = {"calls": 0, "answered": 0, "from_cache": 0, "retries": {}, "failed": {}, "prompt_tokens": 0,
+        self.reserved = []                                                  # dollars of the calls under way, at most
+        self.stats = {"calls": 0, "answered": 0, "from_cache": 0, "retries": {}, "unanswered": {}, "prompt_tokens": 0,
                       "completion_tokens": 0, "cost": 0.0}
+        if not re.fullmatch(r"[!-~]*", self.key):                           # http.client's own complaint would show it
+            raise InputError("the API key has a space or a character outside ASCII in it: it was not copied whole")
         if max_cost < math.inf and price is None:
             raise InputError("--max-cost needs to know prices: give --price PROMPT COMPLETION (dollars per 1M tokens)")
+
     def cost(self, prompt_tokens, completion_tokens):
         return (prompt_tokens * self.price[0] + completion_tokens * self.price[1]) / 1e6 if self.price else 0.0
 
@@ -216,71 +220,89 @@ class Client:
         keys = [Cache.key(self.url, p) for p in payloads]
         todo = self.missing(payloads)
         self.stats["from_cache"] += len(set(keys)) - len(todo)
-        failures, kept = {}, 0
+        failures = {}
         with tqdm(total=len(todo), desc=label, delay=1) as bar, \
                 concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
-            futures = {pool.submit(self._ask, payload): k for k, payload in todo.items()}
+            futures = {pool.submit(self._ask, k, payload): k for k, payload in todo.items()}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     answer = future.result()
                     if answer.text is None:
                         failures[futures[future]] = answer
-                    else:
-                        self.cache.add(futures[future], answer.text)
-                        kept += 1
                     bar.update()
             except BaseException:                                           # Ctrl-C: let go of the waiting threads
                 self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if self.fatal:
+            kept = len(todo.keys() & self.cache.answers.keys())
             raise InputError(f"{self.url}: {self.fatal} ({kept} answers of this run are kept in {self.cache.path})")
         for answer in failures.values():
             kind = answer.reason.split(":")[0]
-            self.stats["failed"][kind] = self.stats["failed"].get(kind, 0) + 1
+            self.stats["unanswered"][kind] = self.stats["unanswered"].get(kind, 0) + 1
         return [Answer(self.cache.answers[k]) if k in self.cache.answers else failures[k] for k in keys]
 
-    def _ask(self, payload):
-        """One payload, tried until it is answered or hopeless. Runs in a thread."""
-        most = self.cost(sum(estimate_tokens(m["content"]) + 4 for m in payload["messages"]), payload["max_tokens"])
-        with self.lock:
-            if self.stats["cost"] + self.reserved + most > self.max_cost:
-                return Answer(None, f"not sent: --max-cost {self.max_cost} could be passed")
-            self.reserved += most
-        try:
-            seen = []
-            for attempt in range(self.tries):
-                if self.stop.is_set():
-                    return Answer(None, "not sent: stopped")
+    def _ask(self, key, payload):
+        """One payload, tried until it is answered (and stored) or hopeless. Runs in a thread."""
+        seen = []
+        for attempt in range(self.tries):
+            if refusal := self._reserve(payload):
+                return Answer(None, f"not sent: {refusal}")
+            try:
                 answer, fault, wait = self._once(payload)
-                if answer is not None:
-                    return answer
-                seen.append(fault)
+                if answer is not None and answer.text is not None:
+                    with self.lock:
+                        self.cache.add(key, answer.text)
+            finally:
+                with self.lock:
+                    self.reserved.remove(self._most(payload))
+                    self.lock.notify_all()
+            if answer is not None:
+                return answer
+            seen.append(fault)
+            if attempt + 1 < self.tries:
                 with self.lock:
                     self.stats["retries"][fault] = self.stats["retries"].get(fault, 0) + 1
                 # Exponential backoff with jitter, or what the server asks for: never less than it says.
                 self.stop.wait(max(wait, min(60.0, 0.5 * 2 ** attempt) * random.uniform(0.5, 1.0)))
-            return Answer(None, f"gave up: {self.tries} tries ended in {', '.join(sorted(set(seen)))}")
-        finally:
-            with self.lock:
-                self.reserved -= most
+        return Answer(None, f"gave up: {self.tries} tries ended in {', '.join(sorted(set(seen)))}")
+
+    def _most(self, payload):
+        """Dollars that one call can cost: a token has one byte at least, and a message a few tokens around it."""
+        prompt = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in payload["messages"])
+        return self.cost(prompt, payload["max_tokens"])
+
+    def _reserve(self, payload):
+        """Sets aside what a call can cost; returns why it must not be sent, or "". What the calls under way leave of
+        their share is known only when they end, so it waits for them before it refuses."""
+        most = self._most(payload)
+        with self.lock:
+            while self.reserved and self.stats["cost"] + sum(self.reserved) + most > self.max_cost:
+                self.lock.wait()
+            if self.stop.is_set():
+                return "stopped"
+            if self.stats["cost"] + most > self.max_cost:
+                return f"--max-cost {self.max_cost} could be passed"
+            self.reserved.append(most)
+            self.stats["calls"] += 1
+        return ""
 
     def _once(self, payload):
-        """One request: (Answer, "", 0) if that settles it, else (None, kind of fault, seconds the server asks for)."""
+        """One request: (Answer, "", 0) when that settles it, else (None, kind of fault, seconds the server wants)."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()                         # one a thread: connections stay open
             self.local.session.auth = self._sign
-        with self.lock:
-            self.stats["calls"] += 1
         try:
             r = self.local.session.post(self.url, json=payload, timeout=(10, self.timeout))
-        except requests.Timeout:
+        except requests.Timeout as error:
+            if not isinstance(error, requests.ConnectTimeout):              # the server may answer later, and charge it
+                self._charge(self._most(payload))
             return None, "time-out", 0.0
         except requests.RequestException:
             return None, "dropped connection", 0.0
         if r.status_code != 200:
             said = re.sub(r"\s+", " ", self._hide(r.text))[:300]
-            if r.status_code in FOR_ALL or "insufficient_quota" in said:
+            if r.status_code in FOR_ALL or r.status_code == 429 and "insufficient_quota" in r.text:
                 self.fatal = f"HTTP {r.status_code}: {said}"
                 self.stop.set()
                 return Answer(None, self.fatal), "", 0.0
@@ -289,19 +311,23 @@ class Client:
             return Answer(None, f"HTTP {r.status_code}: {said}"), "", 0.0
         try:
             body = r.json()
-            text, usage = body["choices"][0]["message"]["content"], body.get("usage") or {}
-        except (ValueError, KeyError, IndexError, TypeError):
+            text, usage = body["choices"][0]["message"]["content"] or "", body.get("usage") or {}
+            text = text.encode("utf-8", "replace").decode()                 # half an emoji cannot be written
+            prompt = usage.get("prompt_tokens") or sum(estimate_tokens(m["content"]) for m in payload["messages"])
+            completion = usage.get("completion_tokens") or estimate_tokens(text)
+            cost = self.cost(prompt, completion)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            self._charge(self._most(payload))
             return None, "malformed answer", 0.0
-        if not isinstance(text, str) or not text.strip():
-            return None, "empty answer", 0.0
-        prompt = usage.get("prompt_tokens") or sum(estimate_tokens(m["content"]) for m in payload["messages"])
-        completion = usage.get("completion_tokens") or estimate_tokens(text)
+        self._charge(cost, prompt, completion, answered=bool(text.strip()))      # an empty one is charged too
+        return (Answer(text), "", 0.0) if text.strip() else (None, "empty answer", 0.0)
+
+    def _charge(self, cost, prompt=0, completion=0, answered=False):
         with self.lock:
-            self.stats["answered"] += 1
+            self.stats["answered"] += answered
             self.stats["prompt_tokens"] += prompt
             self.stats["completion_tokens"] += completion
-            self.stats["cost"] += self.cost(prompt, completion)
-        return Answer(text), "", 0.0
+            self.stats["cost"] += cost
 
     def _sign(self, request):
         if self.key:
@@ -507,6 +533,11 @@ def pair_up(records, seed):
     return pairs
 
 
+def distinct(pairs):
+    """Each pair once."""
+    return list({(r["instruction"], r.get("input") or "", r["output_1"], r["output_2"]): r for r in pairs}.values())
+
+
 def draw(pairs, pool, noise, seed):
     """Decides, before anyone is asked, who annotates which pair, which labels are coins, and the order shown.
 
@@ -534,7 +565,7 @@ def prefer(pairs, pool, annotate, noise=0.0, seed=0):
     """Pairs -> (labelled pairs, failed pairs), as AlpacaFarm does it (section 3.2): duplicates are dropped; annotator,
     noise and order are drawn (a pair whose label is a coin is never sent, so it costs nothing); the rest is asked; the
     order is undone by 3 - label. Equal texts are a tie, 1.5. What failed is never a label."""
-    pairs = list({(r["instruction"], r.get("input") or "", r["output_1"], r["output_2"]): r for r in pairs}.values())
+    pairs = distinct(pairs)
     labels, asked = draw(pairs, pool, noise, seed)
     found, reasons = annotate([shown for *_, shown in asked], [who for _, who, _, _ in asked])
     failed = []
@@ -561,9 +592,10 @@ def model_format(directory, form=None):
     return form
 
 
-def make_client(args):
-    price = tuple(args.price) if args.price else PRICES.get(args.api_model, (None,))[:2]
-    price = None if None in price else price
+def make_client(args, models=()):
+    """The client that the flags describe. Of several models the highest prices count, so that --max-cost holds."""
+    known = [PRICES[m][:2] if m in PRICES else None for m in models or [args.api_model]]
+    price = tuple(args.price) if args.price else None if None in known else tuple(map(max, zip(*known)))
     return Client(args.api, Cache(args.cache or f"{args.out}.cache.jsonl"), os.environ.get(args.key_env, ""),
                   args.at_once, args.timeout, args.tries, price, math.inf if args.max_cost is None else args.max_cost)
 
@@ -667,7 +699,8 @@ def sample(args):
             done.append({**r, "output": texts[0] if args.n == 1 else texts, "generator": args.api_model or args.model})
         else:
             failed.append({**r, "reason": next(a.reason for a in mine if a.text is None)})
-    return finish(args, done, failed, client, empty=sum(not (a.text or "").strip() for r in found for a in r))
+    empty = sum(a.text is not None and not a.text.strip() for mine in found for a in mine)
+    return finish(args, done, failed, client, empty=empty)
 
 
 def judge(args):
@@ -718,11 +751,17 @@ def prefer_verb(args):
     if args.by == "api":
         if not args.api:
             raise InputError("--by api needs --api URL and --api-model NAME")
-        client = make_client(args)
         models = dict.fromkeys(("strong", "medium", "basic"), args.api_model)
-        models.update(dict(m.split("=", 1) for m in args.models))
-        pool, annotate = (SINGLE if args.single else ANNOTATORS), ask_annotators(client, models, args.seed)
+        for given in args.models:
+            slot, _, name = given.partition("=")
+            if slot not in models or not name:
+                raise InputError(f"--models {given}: expected strong=NAME, medium=NAME or basic=NAME")
+            models[slot] = name
+        pool = SINGLE if args.single else ANNOTATORS
+        client = make_client(args, [models[a.slot] for a in pool])
+        annotate = ask_annotators(client, models, args.seed)
         if args.dry_run:
+            pairs = distinct(pairs)
             _, asked = draw(pairs, pool, args.noise, args.seed)
             shown, who = [r for *_, r in asked], [annotator for _, annotator, _, _ in asked]
             _, payloads = group_prompts(shown, who, models, args.seed)
@@ -738,9 +777,10 @@ def prefer_verb(args):
         pool, annotate = (pool[:1] if args.single else pool), ask_simulated(args.seed)
     labelled, failed = prefer(pairs, pool, annotate, args.noise, args.seed)
     coins = sum(r["annotator"] == "noise" for r in labelled)
-    lost = sum(r["reason"].startswith("not understood") for r in failed)
+    understood = sum(r["annotator"] not in ("noise", "equal texts") for r in labelled)
+    misread = sum(r["reason"].startswith("not understood") for r in failed)
     more = {"coins": coins, "ties": sum(r["preference"] == 1.5 for r in labelled),
-            "parse_rate": 1 - lost / max(1, len(pairs) - coins)}
+            "parse_rate": understood / max(1, understood + misread)}
     if args.against and labelled:
         scores = [r["preference"] - 1 for r in labelled]
         mean = sum(scores) / len(scores)
