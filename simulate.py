@@ -6,7 +6,7 @@
   refine   judged responses -> better outputs    rewritten with the judgment in the prompt (ILF)
 
   python simulate.py --model out/cut-0 --prompt "Say what 7 plus 5 is."       one typed prompt (sample is the default)
-  python simulate.py sample --model out/sft-0-corrects --data ask.json --n 4 --temperature 1 --out four.jsonl
+  python simulate.py sample --model out/sft-0-corrects --data ask.json --outputs 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
   python simulate.py judge --data outputs.jsonl --by api --api URL --api-model NAME --out judged.jsonl
 
@@ -138,7 +138,7 @@ PRICES = {
 }
 HUMAN_PRICE = 0.30           # dollars for one pair compared by a crowd worker (AlpacaFarm section 3.4)
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}    # worth another try
-FOR_ALL = {401, 403, 404}    # wrong key, no access, no such model or address: no call can succeed
+FOR_ALL = {401, 402, 403, 404}       # wrong key, no credit, no access, no such model or address: no call can succeed
 
 
 class Answer(NamedTuple):
@@ -265,6 +265,9 @@ class Client:
                     self.stats["retries"][fault] = self.stats["retries"].get(fault, 0) + 1
                 # Exponential backoff with jitter, or what the server asks for: never less than it says.
                 self.stop.wait(max(wait, min(60.0, 0.5 * 2 ** attempt) * random.uniform(0.5, 1.0)))
+        if set(seen) == {"dropped connection"} and not self.stats["answered"]:
+            self.fatal = f"no connection in {self.tries} tries, and none before: is the address right?"
+            self.stop.set()
         return Answer(None, f"gave up: {self.tries} tries ended in {', '.join(sorted(set(seen)))}")
 
     def _most(self, payload):
@@ -606,8 +609,7 @@ def answers(args, asks, n=1, system="", label="sampling"):
     if args.api:
         client = make_client(args)
         payloads = [chat(args.api_model, whole_instruction(r), system, temperature=args.temperature, top_p=args.top_p,
-                         max_tokens=args.max_new_tokens, **({"seed": args.seed + j} if n > 1 or args.seed else {}))
-                    for r in asks for j in range(n)]
+                         max_tokens=args.max_new_tokens, seed=1000 * args.seed + j) for r in asks for j in range(n)]
         if args.dry_run:
             return dry_run(client, payloads, len(asks)), client
         found = client.complete(payloads, label)
@@ -686,7 +688,7 @@ def sample(args):
     records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     if args.prompt and args.api:
         args.cache = args.cache or os.devnull
-    found, client = answers(args, records, args.n)
+    found, client = answers(args, records, args.outputs)
     if found is None:
         return 0
     if args.prompt:
@@ -694,11 +696,12 @@ def sample(args):
         return 0
     done, failed = [], []
     for r, mine in zip(records, found):
-        if all(a.text is not None for a in mine):
-            texts = [a.text for a in mine]
-            done.append({**r, "output": texts[0] if args.n == 1 else texts, "generator": args.api_model or args.model})
+        texts = [a.text for a in mine]
+        if None in texts or not "".join(texts).strip():
+            failed.append({**r, "reason": next((a.reason for a in mine if a.text is None), "empty answer")})
         else:
-            failed.append({**r, "reason": next(a.reason for a in mine if a.text is None)})
+            done.append({**r, "output": texts if args.outputs > 1 else texts[0],
+                         "generator": args.api_model or args.model})
     empty = sum(a.text is not None and not a.text.strip() for mine in found for a in mine)
     return finish(args, done, failed, client, empty=empty)
 
@@ -708,6 +711,10 @@ def judge(args):
         style = JUDGES["points" if args.by == "points" else "corrects"]
         records = read_outputs(args.data, reference=True)
         return finish(args, [{**r, "judgment": style(r["output"], r["reference"])} for r in records], [])
+    if not (args.api if args.by == "api" else args.model):
+        needs = "--api URL and --api-model NAME" if args.by == "api" else "--model DIR"
+        raise InputError(f"--by {args.by} needs {needs}")
+    args.api = args.api if args.by == "api" else None                       # both may be given: --by decides
     records = read_outputs(args.data)
     asks = [{"instruction": fill_in(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
             for r in records]
@@ -824,7 +831,7 @@ def parse(argv):
     verbs = p.add_subparsers(dest="verb", required=True)
     v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
     v.add_argument("--prompt", help="one instruction, answered on the terminal")
-    v.add_argument("--n", type=int, default=1, help="outputs for each instruction")
+    v.add_argument("--outputs", type=int, default=1, help="outputs for each instruction")
     v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
     v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
     v = verbs.add_parser("refine", parents=[files, api, answer], help="judged responses -> better outputs")
