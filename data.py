@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from losses import IGNORE
-from model import InputError, print0, read_config
+from model import InputError, print0, read_config, replacing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class Tokenizer:
     so what stands in the padding never matters."""
 
     def __init__(self, serialized, source="tokenizer"):
-        self.serialized = serialized
+        self.serialized, self.files = serialized, {}
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(serialized)
@@ -75,6 +75,9 @@ class Tokenizer:
                              "LLaMA 3's do not")
         tokenizer = cls(path.read_bytes(), path)
         tokenizer.check(config, directory)
+        tokenizer.files = {p.name: p.read_bytes() for p in map(Path(directory).joinpath, (
+            "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+            "chat_template.jinja", "generation_config.json")) if p.is_file()}
         return tokenizer
 
     @classmethod
@@ -94,9 +97,14 @@ class Tokenizer:
                              f"{config.vocab_size}: they do not belong together")
 
     def save(self, directory):
-        """Writes tokenizer.model and, for transformers and vLLM, the same as tokenizer.json with its config."""
+        """Writes tokenizer.model and, for transformers and vLLM, the same as tokenizer.json with its config; one that
+        came with such files (they may hold a chat template) keeps its own."""
         d, piece, special = Path(directory), self.sp.id_to_piece, (self.bos, self.eos, self.sp.unk_id())
         (d / "tokenizer.model").write_bytes(self.serialized)
+        for name, content in self.files.items():
+            (d / name).write_bytes(content)
+        if "tokenizer_config.json" in self.files:
+            return
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                   **dict(zip(("bos_token", "eos_token", "unk_token"), map(piece, special)))}
         (d / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -211,6 +219,8 @@ def read_json(path, empty=False):
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError):
+        raise InputError(f"{path}: not a whole gzip file: download it again") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
     try:
@@ -237,7 +247,8 @@ def read_json(path, empty=False):
 
 def write_json_lines(path, records):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
 def _check(path, i, record, **kinds):
@@ -251,6 +262,9 @@ def _check(path, i, record, **kinds):
     for key in ("instruction", "output"):
         if key in kinds and isinstance(record[key], str) and not record[key].strip():
             raise InputError(f"{path}: record {i}: {key!r} is empty; leave such records out")
+    for key in kinds:
+        if isinstance(record[key], str) and re.search("[\ud800-\udfff]", record[key]):
+            raise InputError(f"{path}: record {i}: {key!r} has half a surrogate pair: mend or drop it")
 
 
 _TEXT, _MAYBE = (str,), (str, type(None))
@@ -325,7 +339,7 @@ def read_judged(path, filter_noise=False):
 
     Prints what it found. filter_noise leaves out two kinds of bad labels: `$ERROR$` (a failed call stored as a
     judgment) and bad responses whose judgment opens by calling them perfect."""
-    records = []
+    records, top_rated = [], 0
     for i, r in _flatten_critiques(path, read_json(path)):
         if "feedback" in r and "answer" in r:                               # Shepherd, human_data_for_model.jsonl
             _check(path, i, r, question=_TEXT, answer=_TEXT, feedback=_TEXT)
@@ -339,10 +353,12 @@ def read_judged(path, filter_noise=False):
         score = r.get("score")
         if score is not None and not isinstance(score, (int, float)):
             raise InputError(f"{path}: record {i}: 'score' is {type(score).__name__}, expected a number or null")
-        if score is not None and score >= 7:
-            r["judgment"] = None
+        if score is not None and score >= 7 and r["judgment"] is not None:
+            r["judgment"], top_rated = None, top_rated + 1
         r.setdefault("id", i)
         records.append(r)
+    if top_rated:
+        print0(f"{path}: {top_rated} judged records have score >= 7, the top of a 7-point scale, and count as good")
     negatives = [r for r in records if r["judgment"] is not None]
     errors = [r for r in negatives if r["judgment"].strip() == "$ERROR$"]
     perfect = [r for r in negatives if r["judgment"].lower().lstrip(" \"'").startswith("the response is perfect")]
@@ -598,9 +614,13 @@ class World:
         true answer. The split of an instruction is a hash of its text, the same in every world: no instruction can
         stand in two. `stream` numbers independent draws."""
         rng = random.Random(f"instructions {self.seed} {split} {stream}")
-        records, seen = [], set()
+        records, seen, draws = [], set(), 0
         while len(records) < count:
             text, keys, answer = self._draw(rng)
+            draws += 1
+            if draws > 1000 * (len(records) + 100):
+                raise InputError(f"the built-in world has no {count} different {split} instructions (some "
+                                 f"{len(records)} are found): ask for fewer")
             if text not in seen and split_of(text) == split:
                 seen.add(text)
                 records.append({"id": f"{split}-{stream}-{len(records)}", "instruction": text, "input": "",
@@ -715,16 +735,19 @@ def download(address, path, sha256="", tries=5):
     for attempt in range(tries):
         have = part.stat().st_size if part.is_file() else 0
         try:
-            with requests.get(address, headers={"Range": f"bytes={have}-"} if have else {}, stream=True,
-                              timeout=(10, 60)) as r:
+            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+            with requests.get(address, headers=headers, stream=True, timeout=(10, 60)) as r:
                 if r.status_code == 416:                                    # the part is whole already, or too long
                     part.unlink()
+                    continue
+                if r.status_code == 429 or r.status_code >= 500:
+                    time.sleep(min(30, 2 ** attempt))
                     continue
                 if r.status_code not in (200, 206):
                     raise InputError(f"{address}: HTTP {r.status_code}: download it by hand and give its path")
                 resumed = r.status_code == 206                              # a server may ignore Range and start over
                 have = have if resumed else 0
-                stated = r.headers.get("X-Linked-Etag", "").strip('"')
+                stated = "".join(h.headers.get("X-Linked-Etag", "").strip('"') for h in (*r.history, r))
                 total = int(r.headers["Content-Length"]) + have if "Content-Length" in r.headers else None
                 with open(part, "ab" if resumed else "wb") as f, tqdm(
                         total=total, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
@@ -740,7 +763,7 @@ def download(address, path, sha256="", tries=5):
                                  f"elsewhere, put it at {path}, and run this again") from None
             time.sleep(min(30, 2 ** attempt))
     else:
-        raise InputError(f"{address}: cut off {tries} times; run this again to go on from {part}")
+        raise InputError(f"{address}: no whole answer in {tries} tries; run this again to go on from {part}")
     found, wanted = hashlib.sha256(part.read_bytes()).hexdigest(), sha256 or (stated if len(stated) == 64 else "")
     if wanted and found != wanted:
         part.unlink()

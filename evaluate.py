@@ -17,16 +17,9 @@ import torch
 
 from data import InputError, Tokenizer, World, collate, read_preferences
 from model import LLaMA, print0, read_config, setup_distributed
-from simulate import JUDGES, count_errors, respond, wrong_words
+from simulate import JUDGES, count_errors, mean_and_se, respond, wrong_words
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
-
-
-def mean_and_se(values):
-    """Mean and its standard error (sample standard deviation, ddof 1, over sqrt n)."""
-    n = len(values)
-    mean = sum(values) / n
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
 
 
 def win_rate(errors, reference_errors):
@@ -53,13 +46,15 @@ def exact_match(errors):
 @torch.no_grad()
 def pair_logp(model, examples, device, batch_size=64):
     """Log-probabilities of bad responses after (x, j-) and after x: a list of (2, tokens of the response) tensors."""
-    logp = []
+    logp, was_training = [], model.training
+    model.eval()                                                            # dropout would make the two readings differ
     for start in range(0, len(examples), batch_size):
         part = examples[start:start + batch_size]
         judged, plain = (collate([(prompt, e.response) for prompt, e in zip(prompts, part)], device)
                          for prompts in ([e.judged for e in part], [e.prompt for e in part]))
         both = model([judged[0], plain[0]], [judged[1], plain[1]]).cpu()    # (2, N)
         logp += both.split([len(e.response) for e in part], dim=1)
+    model.train(was_training)
     return logp
 
 
@@ -157,7 +152,8 @@ def labels_of(records):
     labels = {}
     for r in records:
         head, pair = (r["instruction"], r.get("input") or ""), (r["output_1"], r["output_2"])
-        label = r["preference"] if pair <= pair[::-1] else 3 - r["preference"]
+        label = 1.5 if r["preference"] == 1.5 else 1 if r["preference"] < 1.5 else 2       # a vote: yes, no or tie
+        label = label if pair <= pair[::-1] else 3 - label
         labels.setdefault((*head, *min(pair, pair[::-1])), []).append(label)
     return labels
 
@@ -212,7 +208,7 @@ def compare(args):
         if "corrected" in flags and args.judge == "points":                 # this judge never states an answer
             continue
         for seed in args.seeds:
-            out = Path(args.out) / args.judge / f"{seed}-{'-'.join(flags).replace('--', '') or 'cut'}"
+            out = Path(args.out) / args.split / args.judge / f"{seed}-{'-'.join(flags).replace('--', '') or 'cut'}"
             if not (out / "results.json").is_file():
                 print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
                 subprocess.run([sys.executable, str(Path(__file__).with_name("train_cut.py")), "--seed", str(seed),

@@ -58,6 +58,10 @@ class Config:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a whole number from 1 up")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -539,9 +543,11 @@ def read_config(directory, quiet=False):
         raise InputError(f"{path}: a JSON {type(raw).__name__}, expected an object")
     if raw.get("model_type") != "llama":
         refuse("model_type", raw.get("model_type"), "'llama' only")
-    rope = dict(raw.get("rope_parameters") or {})           # transformers 5 nests them; older files have rope_theta
+    rope = raw.get("rope_parameters") or {}                 # transformers 5 nests them; older files have rope_theta
     scaling = raw.get("rope_scaling") or {}                 # and rope_scaling at the top
     for key, found in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(found, dict):
+            refuse(key, found, "an object or null")
         kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default":
             refuse(f"{key}.rope_type", kind, "unscaled rotary positions ('default')")
@@ -570,8 +576,8 @@ def read_config(directory, quiet=False):
                         tie_word_embeddings=get("tie_word_embeddings", False))
     except KeyError as error:
         raise InputError(f"{path}: the key {error} is missing") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: a value of the wrong kind: {error}") from None
     if missing and not quiet:
         print0(f"{path}: absent, so the LLaMA defaults hold: {', '.join(missing)}")
     return config, raw
@@ -602,6 +608,8 @@ def read_safetensors(path):
         if 8 + size + end > len(data):
             raise InputError(f"{path}: {name} ends at byte {8 + size + end} of {len(data)}: the file is cut short")
         count = (end - begin) // dtype.itemsize
+        if count != math.prod(entry["shape"]):
+            raise InputError(f"{path}: {name} has {count} numbers for shape {entry['shape']}: the file is damaged")
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + begin) if count else torch.zeros(0)
         tensors[name] = flat.view(entry["shape"])
     return tensors
@@ -644,7 +652,10 @@ def read_weights(directory):
         if (d / name).is_file():
             return read(d / name)
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{index}: no 'weight_map' that says which shard holds which weight") from None
             state = {}
             for shard in sorted(set(weight_map.values())):
                 if not (d / shard).is_file():
@@ -730,7 +741,12 @@ def setup_distributed(device=""):
     if not device:
         mps = torch.backends.mps.is_available() and world == 1             # MPS has no collectives
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device!r} is unknown: use cuda, mps or cpu") from None
+    if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)():
+        raise InputError(f"--device {device.type}: not here, or not in this PyTorch: leave --device out")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
@@ -792,22 +808,39 @@ def save_resume(path, model, optimizer, state, rank):
             torch.save({"model": trained, "optimizer": optimizer.state_dict(), "state": state}, temporary)
 
 
-def load_resume(path, model, optimizer):
-    """Undoes save_resume; returns its `state`."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: nothing to resume here: run without --resume, or give the --out of the stopped run")
+# Flags that may differ between a run and its resumption, because they do not change what it computes.
+MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size"}
+
+
+def load_resume(path, model, optimizer, run):
+    """Undoes save_resume; returns its `state`. `run` are this run's flags: state["run"] must agree with them."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    for key, now in run.items():
+        before = saved["state"]["run"].get(key)
+        if key not in MAY_DIFFER and before != now:
+            raise InputError(f"{path}: --{key.replace('_', '-')} was {before!r}, is {now!r}: resume with equal flags")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name in sorted(set(trained) | set(saved["model"])):
         shapes = [list(found[name].shape) if name in found else None for found in (saved["model"], trained)]
         if shapes[0] != shapes[1]:
             raise InputError(f"{path}: {name} was trained with shape {shapes[0]}, this run has {shapes[1]}: resume "
-                             "with the same model and the same --lora flags")
+                             "with the same model")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(saved["model"][name])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
+
+
+def within(kind, low, high=math.inf):
+    """A type for argparse: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low}{f' to {high}' if high < math.inf else ' up'}"
+    return parse
 
 
 class StopSignal:

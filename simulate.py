@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions,
                   read_judged, read_outputs, read_pairs, split, units, write_json_lines)
-from model import DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, write_json
+from model import (DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, within,
+                   write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,6 +105,13 @@ def corrected(response, reference, most=3):
     for begin, end, right in reversed(differences(response, reference)[:most]):
         words[begin:end] = right
     return join(words)
+
+
+def mean_and_se(values):
+    """Mean and its standard error (sample standard deviation, ddof 1, over sqrt n)."""
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ class Client:
         completion = sum(p["max_tokens"] for p in todo)
         return len(todo), prompt, completion, self.cost(prompt, completion)
 
-    def complete(self, payloads, label="asking"):
+    def complete(self, payloads, label="asking", whole=False):
         """Answers to all payloads, in order, each an Answer. Raises InputError for a fault that no call can escape,
         after keeping what has come in."""
         keys = [Cache.key(self.url, p) for p in payloads]
@@ -223,7 +231,7 @@ class Client:
         failures = {}
         with tqdm(total=len(todo), desc=label, delay=1) as bar, \
                 concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
-            futures = {pool.submit(self._ask, k, payload): k for k, payload in todo.items()}
+            futures = {pool.submit(self._ask, k, payload, whole): k for k, payload in todo.items()}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     answer = future.result()
@@ -242,14 +250,14 @@ class Client:
             self.stats["unanswered"][kind] = self.stats["unanswered"].get(kind, 0) + 1
         return [Answer(self.cache.answers[k]) if k in self.cache.answers else failures[k] for k in keys]
 
-    def _ask(self, key, payload):
+    def _ask(self, key, payload, whole):
         """One payload, tried until it is answered (and stored) or hopeless. Runs in a thread."""
         seen = []
         for attempt in range(self.tries):
             if refusal := self._reserve(payload):
                 return Answer(None, f"not sent: {refusal}")
             try:
-                answer, fault, wait = self._once(payload)
+                answer, fault, wait = self._once(payload, whole)
                 if answer is not None and answer.text is not None:
                     with self.lock:
                         self.cache.add(key, answer.text)
@@ -290,7 +298,7 @@ class Client:
             self.stats["calls"] += 1
         return ""
 
-    def _once(self, payload):
+    def _once(self, payload, whole):
         """One request: (Answer, "", 0) when that settles it, else (None, kind of fault, seconds the server wants)."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()                         # one a thread: connections stay open
@@ -323,6 +331,8 @@ class Client:
             self._charge(self._most(payload))
             return None, "malformed answer", 0.0
         self._charge(cost, prompt, completion, answered=bool(text.strip()))      # an empty one is charged too
+        if whole and body["choices"][0].get("finish_reason") == "length":
+            return Answer(None, f"cut off: the answer has more than {payload['max_tokens']} tokens"), "", 0.0
         return (Answer(text), "", 0.0) if text.strip() else (None, "empty answer", 0.0)
 
     def _charge(self, cost, prompt=0, completion=0, answered=False):
@@ -526,19 +536,26 @@ def ask_simulated(seed):
 def pair_up(records, seed):
     """Records with n outputs -> one pair an instruction: equal texts dropped, a random text against its partner in a
     random derangement, which is any other text with equal chance. Records with fewer than two texts are left out."""
-    pairs, seen = [], set()
+    pairs, seen, alike = [], set(), 0
     for r in records:
         texts, asked = list(dict.fromkeys(r["output"])), (r["instruction"], r.get("input") or "")
-        if len(texts) >= 2 and asked not in seen:
+        if len(texts) < 2:
+            alike += 1
+        elif asked not in seen:
             seen.add(asked)
             a, b = random.Random(f"pair{''.join(asked)}{seed}").sample(texts, 2)
             pairs.append({**{k: v for k, v in r.items() if k != "output"}, "output_1": a, "output_2": b})
+    print(f"{len(pairs)} pairs from {len(records)} records; left out {alike} whose outputs are all alike and "
+          f"{len(records) - alike - len(pairs)} with an instruction that came before")
     return pairs
 
 
 def distinct(pairs):
     """Each pair once."""
-    return list({(r["instruction"], r.get("input") or "", r["output_1"], r["output_2"]): r for r in pairs}.values())
+    kept = {(r["instruction"], r.get("input") or "", r["output_1"], r["output_2"]): r for r in pairs}
+    if len(kept) < len(pairs):
+        print(f"left out {len(pairs) - len(kept)} pairs that are there twice")
+    return list(kept.values())
 
 
 def draw(pairs, pool, noise, seed):
@@ -603,16 +620,17 @@ def make_client(args, models=()):
                   args.at_once, args.timeout, args.tries, price, math.inf if args.max_cost is None else args.max_cost)
 
 
-def answers(args, asks, n=1, system="", label="sampling"):
+def answers(args, asks, n=1, system="", label="sampling", whole=False):
     """Answers to asks (records with instruction and input) by --api or --model: a list of n Answers each (None after a
-    dry run), and the client (None for a model). They are kept as they come: a rerun goes on where it stopped."""
+    dry run), and the client (None for a model). They are kept as they come: a rerun goes on where it stopped. Of an
+    API's answers that were cut off, `whole` ones are failures."""
     if args.api:
         client = make_client(args)
         payloads = [chat(args.api_model, whole_instruction(r), system, temperature=args.temperature, top_p=args.top_p,
                          max_tokens=args.max_new_tokens, seed=1000 * args.seed + j) for r in asks for j in range(n)]
         if args.dry_run:
             return dry_run(client, payloads, len(asks)), client
-        found = client.complete(payloads, label)
+        found = client.complete(payloads, label, whole)
         return [found[n * i:n * (i + 1)] for i in range(len(asks))], client
     if not args.model:
         raise InputError("who answers? give --model DIR, or --api URL and --api-model NAME")
@@ -647,10 +665,17 @@ def dry_run(client, payloads, examples, free=0):
     if client.price is None:
         print("cost unknown: give --price PROMPT COMPLETION, in dollars per million tokens")
         return
-    per_thousand = 1000 * cost / max(1, examples + free)
-    print(f"at ${client.price[0]} and ${client.price[1]} per million tokens: at most ${cost:.2f}, ${per_thousand:.2f} "
-          f"per 1,000 examples; people comparing pairs cost ${1000 * HUMAN_PRICE:.0f} per 1,000"
-          + (f", {1000 * HUMAN_PRICE / per_thousand:.0f} times as much" if per_thousand else ""))
+    print(f"at ${client.price[0]} and ${client.price[1]} per million tokens: at most ${cost:.2f}, "
+          f"${1000 * cost / max(1, examples + free):.2f} per 1,000 examples")
+
+
+def price_table(per_pair, human=HUMAN_PRICE):
+    """What pairs cost when people or a judge at per_pair dollars compares them. With 25 % noise half of the labels are
+    coins that nobody is asked for. With AlpacaFarm's pool at $0.012 a pair: 25, 50 and 46 times (its paper says 45)."""
+    rows = [("1,000 pairs, without noise", 1000, 1000), ("1,000 pairs, noise 0.25", 1000, 500),
+            ("AlpacaFarm: 9,691 training pairs, noise 0.25, and 805 for evaluation", 9691 + 805, 9691 / 2 + 805)]
+    return "\n".join(f"{name:<70} people ${pairs * human:8,.2f}   judge ${asked * per_pair:8,.4f}   "
+                     f"{pairs * human / (asked * per_pair):,.0f} times" for name, pairs, asked in rows)
 
 
 def finish(args, records, failed, client=None, **more):
@@ -718,7 +743,7 @@ def judge(args):
     records = read_outputs(args.data)
     asks = [{"instruction": fill_in(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
             for r in records]
-    found, client = answers(args, asks, system=JUDGE_SYSTEM, label="judging")
+    found, client = answers(args, asks, system=JUDGE_SYSTEM, label="judging", whole=True)
     if found is None:
         return 0
     done, failed = sort_out(records, found)
@@ -731,7 +756,7 @@ def refine(args):
     records = [r for r in read_judged(args.data) if r["judgment"] is not None]
     asks = [{"instruction": fill_in(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
                                     judgment=r["judgment"]), "input": ""} for r in records]
-    found, client = answers(args, asks, label="refining")
+    found, client = answers(args, asks, label="refining", whole=True)
     if found is None:
         return 0
     done, failed = sort_out(records, found)
@@ -740,21 +765,20 @@ def refine(args):
     return finish(args, done, failed, client)
 
 
+def pairs_of(args):
+    """The pairs that `prefer` is about: of two files, of one with several outputs each, or given as they are."""
+    if not args.against:
+        records = read_pairs(args.data)
+        return pair_up(records, args.seed) if "output" in records[0] else records
+    first = {(r["instruction"], r.get("input") or ""): r["output"] for r in read_outputs(args.against)}
+    mine = [(r, first.get((r["instruction"], r.get("input") or ""))) for r in read_outputs(args.data)]
+    pairs = [{**r, "output_1": baseline, "output_2": r["output"]} for r, baseline in mine if baseline is not None]
+    print(f"{len(pairs)} of {len(mine)} instructions of {args.data} are in {args.against}")
+    return pairs
+
+
 def prefer_verb(args):
-    if args.against:                                                        # a model's outputs against a baseline's
-        first = {(r["instruction"], r.get("input") or ""): r for r in read_outputs(args.against)}
-        mine = read_outputs(args.data)
-        matched = [r for r in mine if (r["instruction"], r.get("input") or "") in first]
-        print(f"{len(matched)} of {len(mine)} instructions of {args.data} are in {args.against}")
-        pairs = [{**r, "output_1": first[r["instruction"], r.get("input") or ""]["output"], "output_2": r["output"]}
-                 for r in matched]
-    else:
-        pairs = read_pairs(args.data)
-        several = [r for r in pairs if "output" in r]
-        if several:
-            pairs = pair_up(several, args.seed)
-            print(f"{len(pairs)} pairs from {len(several)} records; the others have fewer than two different outputs")
-    client = None
+    pairs, client = pairs_of(args), None
     if args.by == "api":
         if not args.api:
             raise InputError("--by api needs --api URL and --api-model NAME")
@@ -773,6 +797,8 @@ def prefer_verb(args):
             shown, who = [r for *_, r in asked], [annotator for _, annotator, _, _ in asked]
             _, payloads = group_prompts(shown, who, models, args.seed)
             dry_run(client, payloads, len(asked), free=len(pairs) - len(asked))
+            if client.price and payloads and client.estimate(payloads)[3]:
+                print(price_table(client.estimate(payloads)[3] / len(asked)))
             return 0
     else:
         missing = [i for i, r in enumerate(pairs) if not isinstance(r.get("reference"), str)]
@@ -789,10 +815,7 @@ def prefer_verb(args):
     more = {"coins": coins, "ties": sum(r["preference"] == 1.5 for r in labelled),
             "parse_rate": understood / max(1, understood + misread)}
     if args.against and labelled:
-        scores = [r["preference"] - 1 for r in labelled]
-        mean = sum(scores) / len(scores)
-        more["win_rate"] = mean
-        more["win_rate_se"] = math.sqrt(sum((x - mean) ** 2 for x in scores) / max(1, len(scores) - 1) / len(scores))
+        more["win_rate"], more["win_rate_se"] = mean_and_se([r["preference"] - 1 for r in labelled])
     return finish(args, labelled, failed, client, **more)
 
 
@@ -807,44 +830,48 @@ def parse(argv):
     answer, api, files = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     files.add_argument("--data", help="JSON or JSONL to read")
     files.add_argument("--out", help="JSONL to write; beside it .failed.jsonl, .stats.json and .cache.jsonl")
-    files.add_argument("--seed", type=int, default=0, help="of every random choice")
+    files.add_argument("--seed", type=within(int, 0), default=0, help="of every random choice")
     api.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
     api.add_argument("--api-model", help="the model's name there")
     api.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key, if there is one")
-    api.add_argument("--at-once", type=int, default=32, help="calls under way at a time")
-    api.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer")
-    api.add_argument("--tries", type=int, default=8, help="times that a call is sent before it is given up")
-    api.add_argument("--price", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="dollars per 1M tokens")
-    api.add_argument("--max-cost", type=float, help="dollars that this run does not pass")
+    api.add_argument("--at-once", type=within(int, 1), default=32, help="calls under way at a time")
+    api.add_argument("--timeout", type=within(float, 0.001), default=120.0, help="seconds to wait for an answer")
+    api.add_argument("--tries", type=within(int, 1), default=8, help="times that a call is sent before it is given up")
+    api.add_argument("--price", type=within(float, 0), nargs=2, metavar=("PROMPT", "COMPLETION"),
+                     help="dollars per 1M tokens")
+    api.add_argument("--max-cost", type=within(float, 0), help="dollars that this run does not pass")
     api.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
     api.add_argument("--cache", help="JSONL of answers paid for (default: OUT.cache.jsonl)")
     answer.add_argument("--model", help="model directory in Hugging Face layout")
     answer.add_argument("--format", choices=FORMATS, help="its prompt format (default: what its config.json records)")
-    answer.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    answer.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this mass")
-    answer.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (0: all)")
-    answer.add_argument("--max-new-tokens", type=int, default=300, help="a text is cut off here if it has not ended")
-    answer.add_argument("--batch-size", type=int, default=64, help="texts sampled side by side: what fits in memory")
+    answer.add_argument("--temperature", type=within(float, 0), default=0.7, help="0 is greedy")
+    answer.add_argument("--top-p", type=within(float, 0, 1), default=1.0, help="only likeliest tokens with this mass")
+    answer.add_argument("--top-k", type=within(int, 0), default=0, help="only this many likeliest tokens (0: all)")
+    answer.add_argument("--max-new-tokens", type=within(int, 1), default=300, help="an answer is cut off here")
+    answer.add_argument("--batch-size", type=within(int, 1), default=64, help="answers side by side: what fits")
     answer.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     answer.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(dest="verb", required=True)
     v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
     v.add_argument("--prompt", help="one instruction, answered on the terminal")
-    v.add_argument("--outputs", type=int, default=1, help="outputs for each instruction")
+    v.add_argument("--outputs", type=within(int, 1), default=1, help="outputs for each instruction")
     v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
     v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
+    v.set_defaults(temperature=0.0)                                         # one opinion, not a sample of them
     v = verbs.add_parser("refine", parents=[files, api, answer], help="judged responses -> better outputs")
     v = verbs.add_parser("prefer", parents=[files, api], help="pairs or several outputs -> preferences")
     v.add_argument("--by", choices=("simulated", "reference", "api"), default="simulated", help="who compares")
     v.add_argument("--against", help="outputs of a baseline, output_1 of every pair: prints the win rate of --data")
     v.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
     v.add_argument("--models", nargs="*", default=[], help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
-    v.add_argument("--noise", type=float, default=0.0, help="share of labels flipped (AlpacaFarm trains on 0.25)")
-    v.add_argument("--accuracy", type=float, help="of all simulated annotators (default: the pool's own, 0.75 to 0.95)")
+    v.add_argument("--noise", type=within(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
+    v.add_argument("--accuracy", type=within(float, 0, 1), help="of all simulated annotators (default: 0.75 to 0.95)")
     v.add_argument("--length-bias", type=float, default=0.0, help="log-odds for the longer output, with --accuracy")
     v.add_argument("--position-bias", type=float, default=0.0, help="log-odds for the first shown, with --accuracy")
     args = p.parse_args(argv)
+    if args.out and Path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a folder: give the name of a file")
     if args.verb != "sample" and not (args.data and args.out):
         raise InputError(f"{args.verb} needs --data FILE and --out FILE")
     if args.api and not args.api_model:

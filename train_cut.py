@@ -28,7 +28,7 @@ from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark
 from losses import cut_token_loss, detect, detection_sums
 from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, load_resume,
                    lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter, save_resume,
-                   setup_distributed, write_json)
+                   setup_distributed, within, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
@@ -58,44 +58,46 @@ def parse(argv):
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
     p.add_argument("--filter-noise", action="store_true", help="leave out '$ERROR$' and 'perfect' judgments")
     p.add_argument("--downsample", type=float, help="positives kept per negative (default 0.25; -1 keeps all)")
-    p.add_argument("--out", default="", help="run folder (default: out/cut-SEED)")
+    p.add_argument("--out", default="", help="run folder (default: out/cut-SEED, or out/cut-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # method
     p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
     p.add_argument("--flags", choices=("live", "frozen", "all"), default="live",
                    help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
-    p.add_argument("--lam", type=float, default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
-    p.add_argument("--alpha", type=float, help="weight of unlikelihood (default 1)")
-    p.add_argument("--gamma", type=float, default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
-    p.add_argument("--rounds", type=int, help="online rounds (default 3)")
-    p.add_argument("--samples", type=int, default=1500, help="instructions answered and judged in a round")
+    p.add_argument("--lam", type=within(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
+    p.add_argument("--alpha", type=within(float, 0), help="weight of unlikelihood (default 1)")
+    p.add_argument("--gamma", type=within(float, 0), default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
+    p.add_argument("--rounds", type=within(int, 1), help="online rounds (default 3)")
+    p.add_argument("--samples", type=within(int, 1), default=1500, help="instructions answered and judged in a round")
     p.add_argument("--offline", action="store_true", help="judge all rounds' responses of the first model at once")
-    p.add_argument("--replay", type=int, help="judged SFT examples trained on beside each batch (default 0)")
+    p.add_argument("--replay", type=within(int, 0), help="judged SFT examples trained on beside each batch (default 0)")
     # optimization
-    p.add_argument("--steps", type=int, help="optimizer steps a round (default: from --epochs)")
-    p.add_argument("--epochs", type=float, help="passes over the data, if --steps is not given (default 1)")
-    p.add_argument("--batch-size", type=int, help="examples a step, over all ranks (default 8)")
-    p.add_argument("--micro-batch-size", type=int, help="examples a forward pass: what fits in memory (default 1)")
-    p.add_argument("--lr", type=float, help="peak learning rate of the first round (default 1.5e-4)")
-    p.add_argument("--lr-decay", type=float, default=0.6, help="factor on the peak from one round to the next")
-    p.add_argument("--warmup", type=float, default=0.1, help="share of a round's steps that warm up; then cosine")
-    p.add_argument("--lora-rank", type=int, help="train adapters of this rank only (0: all weights; default 16)")
-    p.add_argument("--lora-alpha", type=float, default=16.0, help="adapters are scaled by alpha / rank")
-    p.add_argument("--lora-dropout", type=float, default=0.05, help="dropout in front of the adapters")
+    p.add_argument("--steps", type=within(int, 1), help="optimizer steps a round (default: from --epochs)")
+    p.add_argument("--epochs", type=within(float, 0), help="passes over the data, if --steps is not given (default 1)")
+    p.add_argument("--batch-size", type=within(int, 1), help="examples a step, over all ranks (default 8)")
+    p.add_argument("--micro-batch-size", type=within(int, 1), help="examples a forward pass: what fits (default 1)")
+    p.add_argument("--lr", type=within(float, 0), help="peak learning rate of the first round (default 1.5e-4)")
+    p.add_argument("--lr-decay", type=within(float, 0), default=0.6, help="factor on the peak a round")
+    p.add_argument("--warmup", type=within(float, 0, 1), default=0.1, help="share of a round; then cosine decay")
+    p.add_argument("--lora-rank", type=within(int, 0), help="train adapters of this rank (0: all weights; default 16)")
+    p.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    p.add_argument("--lora-dropout", type=within(float, 0, 1), default=0.05, help="dropout in front of the adapters")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=int, default=0, help="seed of the world, the sampling and the order of the data")
+    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the sampling, the data's order")
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    p.add_argument("--max-length", type=int, help="tokens; longer examples are left out (default 1024)")
-    p.add_argument("--save-every", type=int, default=50, help="steps between saves for --resume")
+    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=within(int, 1), default=50, help="steps between saves for --resume")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
     args = p.parse_args(argv)
     for name, (with_data, built_in) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, with_data if args.data else built_in)
-    args.out = args.out or f"out/cut-{args.seed}"
+    args.out = args.out or f"out/cut-{Path(args.data).stem if args.data else args.seed}"
+    if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
+        raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world, not --data")
     return args
 
 
@@ -162,8 +164,10 @@ def table(results):
     return "\n".join(lines)
 
 
-def examples_marked(tokenizer, detected, judged, count=2):
-    """What CUT sees: sampled responses of the last round, the flagged tokens in brackets."""
+def examples_marked(tokenizer, out, number, count=2):
+    """What CUT sees: sampled responses of a round, the flagged tokens in brackets."""
+    judged = read_json(out / f"round-{number}.jsonl")
+    detected = {r["id"]: torch.tensor(r["flags"]) for r in read_json(out / f"flags-{number}.jsonl", empty=True)}
     lines = ["", "what CUT saw in the last round: in brackets, the tokens that the judgment made more than lambda "
              "times as likely"]
     for r in [r for r in judged if r["id"] in detected and detected[r["id"]].any()][:count]:
@@ -181,8 +185,11 @@ def main(argv=None):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
                          f"use {args.batch_size // world * world or world} or another number of ranks")
+    if args.model and out.resolve() == Path(args.model).resolve():
+        raise InputError(f"--out {out} is the --model: the run would write over what it starts from; choose another")
+    if args.resume and not (out / "resume.pt").is_file():
+        raise InputError(f"{out}/resume.pt: nothing to resume: leave --resume out, or give the stopped run's --out")
     torch.manual_seed(args.seed)
-    stop = StopSignal()
     start_time = time.time()
 
     # --- data, before the model: mistakes surface early
@@ -193,9 +200,10 @@ def main(argv=None):
         judged = downsample_positives(read_judged(args.data, args.filter_noise), args.downsample)
         bad = sum(r["judgment"] is not None for r in judged)
         print0(f"training on {bad} negatives and {len(judged) - bad} positives")
+        answered = encode(tokenizer, judged, args.format, args.max_length)
         replay, test = [], []
     else:
-        args.model = args.model or train_sft.built_in(args.seed, args.judge)
+        args.model = args.model or train_sft.built_in(args.seed, args.judge, args.device)
         tokenizer = Tokenizer.from_pretrained(args.model)
         the_world = World(args.seed)
         replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
@@ -203,6 +211,7 @@ def main(argv=None):
         test = the_world.instructions(args.split, 800)
 
     # --- model and optimizer
+    stop = StopSignal()
     model = LLaMA.from_pretrained(args.model, dtype, device)
     if args.lora_rank:
         targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
@@ -216,15 +225,16 @@ def main(argv=None):
         _, sft_errors = answer_errors(model, tokenizer, test, args.format, rank, world)
         results["sft"] = {"exact_match": exact_match(sft_errors), "errors": sum(sft_errors) / len(test)}
     if args.resume:
-        position = load_resume(out / "resume.pt", model, optimizer)
+        position = load_resume(out / "resume.pt", model, optimizer, vars(args))
         results["rounds"] = json.loads(position["results"])
     elif rank == 0:
-        for old in [*out.glob("round-*.jsonl"), *out.glob("flags-*.jsonl")]:
+        for old in [*out.glob("round-*.jsonl"), *out.glob("flags-*.jsonl"), *out.glob("resume.pt")]:
             old.unlink()
     all_sum([0], device)                                                    # no rank may find an old file
     metrics = open_metrics(out / "metrics.jsonl", position["round"] * args.steps + position["step"], rank)
     run = {"prompt_format": args.format, "run": vars(args)}
 
+    stopping = False
     for number in range(position["round"], args.rounds):
         # --- this round's responses and judgments; what the detector makes of them
         round_time, start = time.time(), position["step"] if number == position["round"] else 0
@@ -237,7 +247,7 @@ def main(argv=None):
                         write_json_lines(path, judged)
                     all_sum([0], device)                                    # the others wait until the file is there
             judged = read_json(out / f"round-{number}.jsonl")
-        answered = encode(tokenizer, judged, args.format, args.max_length)
+            answered = encode(tokenizer, judged, args.format, args.max_length)
         examples = answered if args.recipe == "cut" else encode(
             tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length, hindsight=args.recipe == "hindsight")
         flags = {}
@@ -258,7 +268,6 @@ def main(argv=None):
         steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
 
         # --- loop
-        stopping = False
         bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,
                    unit="step", leave=False)
         for step in bar:
@@ -303,7 +312,8 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{loss_sum:.3f}", flagged=f"{flagged / max(1, count):.1%}")
             if stopping or (step + 1) % args.save_every == 0:
                 save_resume(out / "resume.pt", model, optimizer,
-                            {"round": number, "step": step + 1, "results": json.dumps(results["rounds"])}, rank)
+                            {"round": number, "step": step + 1, "results": json.dumps(results["rounds"]),
+                             "run": vars(args)}, rank)
             if stopping:
                 break
         if stopping:
@@ -317,7 +327,8 @@ def main(argv=None):
                 **dict(zip(("win_rate", "win_rate_se"), win_rate(errors, sft_errors))),
                 **detection(tokenizer, detected, judged), "seconds": time.time() - round_time})
             save_resume(out / "resume.pt", model, optimizer,
-                        {"round": number + 1, "step": 0, "results": json.dumps(results["rounds"])}, rank)
+                        {"round": number + 1, "step": 0, "results": json.dumps(results["rounds"]),
+                         "run": vars(args)}, rank)
 
     # --- save
     if rank == 0:
@@ -330,7 +341,7 @@ def main(argv=None):
         write_json(out / "results.json", results)
         print(table(results))
         if args.flags != "all" and results["rounds"]:
-            print(examples_marked(tokenizer, detected, judged))
+            print(examples_marked(tokenizer, out, args.rounds - 1))
     print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
     return 130 if stopping else 0
 

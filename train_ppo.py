@@ -22,8 +22,8 @@ from tqdm import tqdm
 import train_sft
 from data import (FORMATS, Batches, InputError, Tokenizer, World, format_prompt, read_preferences, split)
 from losses import reward_loss
-from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, load_resume, lr_at, make_optimizer, open_metrics,
-                   print0, save_resume, setup_distributed, write_json)
+from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, load_resume, lr_at, make_optimizer,
+                   open_metrics, print0, save_resume, setup_distributed, within, write_json)
 from simulate import count_errors, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's.
@@ -37,27 +37,27 @@ def parse(argv):
     p.add_argument("--model", default="", help="SFT checkpoint directory (default: made by train_sft.py)")
     p.add_argument("--data", default="", help="preferences, JSON or JSONL (default: the built-in world)")
     p.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
-    p.add_argument("--held-out", type=int, default=500, help="pairs kept for measuring accuracy")
-    p.add_argument("--out", default="", help="run folder (default: out/reward-SEED)")
+    p.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
+    p.add_argument("--out", default="", help="run folder (default: out/reward-SEED, or out/reward-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
-    p.add_argument("--steps", type=int, help="optimizer steps (default: one pass)")
-    p.add_argument("--batch-size", type=int, help="pairs a step, over all ranks (default 16)")
-    p.add_argument("--micro-batch-size", type=int, help="pairs a forward pass: what fits in memory (default 2)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default 3e-6)")
-    p.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine decay")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=int, default=0, help="seed of the world, the head and the order of the data")
+    p.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: one pass)")
+    p.add_argument("--batch-size", type=within(int, 1), help="pairs a step, over all ranks (default 16)")
+    p.add_argument("--micro-batch-size", type=within(int, 1), help="pairs a forward pass: what fits (default 2)")
+    p.add_argument("--lr", type=within(float, 0), help="peak learning rate (default 3e-6)")
+    p.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
+    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the head, the data's order")
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    p.add_argument("--max-length", type=int, help="tokens; pairs with a longer text are left out (default 512)")
-    p.add_argument("--save-every", type=int, default=100, help="steps between saves for --resume")
+    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs are left out (default 512)")
+    p.add_argument("--save-every", type=within(int, 1), default=100, help="steps between saves for --resume")
     args = p.parse_args(argv)
     for name, (with_data, built_in) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, with_data if args.data else built_in)
-    args.out = args.out or f"out/reward-{args.seed}"
+    args.out = args.out or f"out/reward-{Path(args.data).stem if args.data else args.seed}"
     return args
 
 
@@ -119,8 +119,11 @@ def main(argv=None):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
                          f"use {args.batch_size // world * world or world} or another number of ranks")
+    if args.model and out.resolve() == Path(args.model).resolve():
+        raise InputError(f"--out {out} is the --model: the run would write over what it starts from; choose another")
+    if args.resume and not (out / "resume.pt").is_file():
+        raise InputError(f"{out}/resume.pt: nothing to resume: leave --resume out, or give the stopped run's --out")
     torch.manual_seed(args.seed)
-    stop = StopSignal()
     start_time = time.time()
 
     # --- data, before the model where it can be: mistakes surface early
@@ -130,7 +133,7 @@ def main(argv=None):
         tokenizer = Tokenizer.from_pretrained(args.model)
         records = read_preferences(args.data)
     else:
-        args.model = args.model or train_sft.built_in(args.seed, "corrects")
+        args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
         tokenizer = Tokenizer.from_pretrained(args.model)
     policy = LLaMA.from_pretrained(args.model, dtype, device)
     if not args.data:
@@ -138,8 +141,8 @@ def main(argv=None):
         records = world_preferences(policy, tokenizer, the_world.instructions("train", 4000, "preferences"), args,
                                     rank, world)
     pairs = encode_pairs(tokenizer, records, args.format, args.max_length)
-    if len(pairs) <= args.held_out:
-        raise InputError(f"--held-out {args.held_out} leaves nothing of {len(pairs)} pairs to train on")
+    if not 0 < args.held_out < len(pairs):
+        raise InputError(f"--held-out {args.held_out} of {len(pairs)} pairs: some must be left to train on")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(42)).tolist()
     held_out, train = ([pairs[i] for i in part] for part in (order[:args.held_out], order[args.held_out:]))
     batches = Batches([len(b) + len(w) for b, w in train], args.batch_size, args.seed)
@@ -147,10 +150,13 @@ def main(argv=None):
         args.steps = batches.per_epoch
 
     # --- model and optimizer
+    stop = StopSignal()
     model = RewardModel.from_policy(policy).to(device)
     del policy
     optimizer = make_optimizer(model)
-    start = load_resume(out / "resume.pt", model, optimizer)["step"] if args.resume else 0
+    start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
+    if rank == 0 and not args.resume:
+        (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     metrics = open_metrics(out / "metrics.jsonl", start, rank)
 
@@ -187,14 +193,15 @@ def main(argv=None):
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss_sum / len(batch):.3f}")
         if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1}, rank)
+            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
         if stopping:
             break
 
-    # --- measure and save
-    share, se = accuracy(model, held_out, device, rank, world)
+    # --- save and measure
     if rank == 0:
         model.save_pretrained(out, tokenizer, extra={"prompt_format": args.format, "run": vars(args)})
+    share, se = accuracy(model, held_out, device, rank, world)
+    if rank == 0:
         write_json(out / "results.json", {"accuracy": share, "accuracy_se": se, "held_out": len(held_out),
                                           "trained_on": len(train), "seconds": time.time() - start_time})
     print0(f"accuracy on {len(held_out)} held-out pairs {share:.3f} +- {se:.3f}, trained on {len(train)}")

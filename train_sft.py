@@ -22,9 +22,9 @@ from tqdm import tqdm
 from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations,
                   read_judge_training, split, world_tokenizer)
 from losses import nll_token_loss
-from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora, all_sum,
-                   load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter, save_resume,
-                   setup_distributed)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
+                   all_sum, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
+                   save_resume, setup_distributed, within)
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
@@ -44,45 +44,48 @@ def parse(argv):
     p.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
     p.add_argument("--recipe", choices=RECIPES, default="demonstrations", help="how --data is read")
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches")
-    p.add_argument("--out", default="", help="run folder (default: out/sft-SEED-JUDGE)")
+    p.add_argument("--out", default="", help="run folder (default: out/sft-SEED-JUDGE, or out/sft-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
-    p.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
-    p.add_argument("--epochs", type=float, help="passes over the data, if --steps is not given (default 3)")
-    p.add_argument("--batch-size", type=int, help="examples a step, over all ranks (default 128)")
-    p.add_argument("--micro-batch-size", type=int, help="examples a forward pass: what fits in memory (default 4)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default 2e-5)")
-    p.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine decay")
-    p.add_argument("--beta2", type=float, help="AdamW's decay of squared gradients (default 0.999)")
-    p.add_argument("--lora-rank", type=int, help="train adapters of this rank only (0: all weights; default 0)")
-    p.add_argument("--lora-alpha", type=float, default=16.0, help="adapters are scaled by alpha / rank")
-    p.add_argument("--lora-dropout", type=float, default=0.05, help="dropout in front of the adapters")
+    p.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
+    p.add_argument("--epochs", type=within(float, 0), help="passes over the data, if --steps is not given (default 3)")
+    p.add_argument("--batch-size", type=within(int, 1), help="examples a step, over all ranks (default 128)")
+    p.add_argument("--micro-batch-size", type=within(int, 1), help="examples a forward pass: what fits (default 4)")
+    p.add_argument("--lr", type=within(float, 0), help="peak learning rate (default 2e-5)")
+    p.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
+    p.add_argument("--beta2", type=within(float, 0, 1), help="AdamW's decay of squared gradients (default 0.999)")
+    p.add_argument("--lora-rank", type=within(int, 0), help="train adapters of this rank (0: all weights; default 0)")
+    p.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    p.add_argument("--lora-dropout", type=within(float, 0, 1), default=0.05, help="dropout in front of the adapters")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=int, default=0, help="seed of the world, the weights and the order of the data")
+    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the weights, the data's order")
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    p.add_argument("--max-length", type=int, help="tokens; longer examples are left out (default 1024)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between saves for --resume")
+    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=within(int, 1), default=500, help="steps between saves for --resume")
     args = p.parse_args(argv)
     for name, (with_data, built_in) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, with_data if args.data else built_in)
-    args.out = args.out or f"out/sft-{args.seed}-{args.judge}"
+    args.out = args.out or ("out/sft-" + Path(args.data).stem if args.data else f"out/sft-{args.seed}-{args.judge}")
     return args
 
 
-def built_in(seed, judge):
+def built_in(seed, judge, device=""):
     """The directory of the built-in world's SFT model, which the other scripts start from: made when it is not there
-    yet, or was made with other settings."""
+    yet or was made with other settings, finished when it was stopped half way."""
     argv = ["--seed", str(seed), "--judge", judge]
-    args = vars(parse(argv))
-    found = json.loads(p.read_text()) if (p := Path(args["out"], "config.json")).is_file() else {}
-    if found.get("run") != args or found.get("steps_done") != args["steps"]:
-        if main(argv):
-            raise SystemExit(130)                                           # stopped by the user
-    return args["out"]
+    wanted = vars(parse(argv))
+    out = Path(wanted["out"])
+    found = json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
+    same = "run" in found and all(found["run"].get(k) == v for k, v in wanted.items() if k not in MAY_DIFFER)
+    if not same or found["steps_done"] < wanted["steps"]:
+        half = ["--resume"] if same and (out / "resume.pt").is_file() else []
+        if main([*argv, "--device", device, *half]):
+            raise SystemExit(130)                                           # stopped by the user: starting anew goes on
+    return wanted["out"]
 
 
 def main(argv=None):
@@ -94,8 +97,11 @@ def main(argv=None):
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
                          f"use {args.batch_size // world * world or world} or another number of ranks")
+    if args.model and out.resolve() == Path(args.model).resolve():
+        raise InputError(f"--out {out} is the --model: the run would write over what it starts from; choose another")
+    if args.resume and not (out / "resume.pt").is_file():
+        raise InputError(f"{out}/resume.pt: nothing to resume: leave --resume out, or give the stopped run's --out")
     torch.manual_seed(args.seed)
-    stop = StopSignal()
     start_time = time.time()
 
     # --- data, before the model: mistakes surface early
@@ -116,6 +122,7 @@ def main(argv=None):
            f"{min(args.micro_batch_size, args.batch_size // world)}")
 
     # --- model and optimizer
+    stop = StopSignal()
     if args.model:
         model = LLaMA.from_pretrained(args.model, dtype, device)
     else:
@@ -126,13 +133,15 @@ def main(argv=None):
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     optimizer = make_optimizer(model, betas=(0.9, args.beta2))
-    start = load_resume(out / "resume.pt", model, optimizer)["step"] if args.resume else 0
+    start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
+    if rank == 0 and not args.resume:
+        (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     metrics = open_metrics(out / "metrics.jsonl", start, rank)
     run = {"prompt_format": args.format, "run": vars(args)}
 
     # --- loop
-    stopping = False
+    stopping, done = False, start
     bar = tqdm(range(start, args.steps), desc="sft", initial=start, total=args.steps, disable=rank > 0, unit="step")
     for step in bar:
         step_time = time.time()
@@ -161,6 +170,7 @@ def main(argv=None):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        done = step + 1
 
         # --- log and save
         seconds = time.time() - step_time
@@ -168,8 +178,8 @@ def main(argv=None):
                  "seconds": seconds})
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss_sum / total:.3f}", lr=f"{lr:.1e}")
-        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1}, rank)
+        if stopping or done % args.save_every == 0 and done < args.steps:
+            save_resume(out / "resume.pt", model, optimizer, {"step": done, "run": vars(args)}, rank)
         if stopping:
             break
 
@@ -178,7 +188,7 @@ def main(argv=None):
         if args.lora_rank:
             save_adapter(model, out / "adapter", args.model)
             merge_lora(model)
-        model.save_pretrained(out, tokenizer, extra={**run, "steps_done": step + 1})
+        model.save_pretrained(out, tokenizer, extra={**run, "steps_done": done})
     all_sum([0], device)                                                    # the others wait until the model is there
     print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
     return 130 if stopping else 0

@@ -783,7 +783,7 @@ def test_draws_are_equal_in_every_process():
     exec(source, {"print": lambda text: spoken.write(text)})
     ran = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONHASHSEED": "123"})
-    assert json.loads(ran.stdout) == json.loads(spoken.getvalue())
+    assert json.loads(ran.stdout.splitlines()[-1]) == json.loads(spoken.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -997,3 +997,10 @@ def test_a_real_server(model, tmp_path):
         process.kill()
         process.wait()
         log.close()
+
+
+
+def test_the_price_table_has_alpacafarms_factors():
+    """25, 50 and 45 times cheaper than people: section 3.4's arithmetic with its own price."""
+    table = simulate.price_table(0.012).splitlines()
+    assert [line.split()[-2] for line in table] == ["25", "50", "46"]

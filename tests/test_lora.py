@@ -153,7 +153,7 @@ def test_training_with_adapters_resumes_bitwise_and_saves_both_forms(run, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train_cut.main(run("parts", "--lora-rank", "4", "--downsample", "-1"))
     monkeypatch.undo()
-    with pytest.raises(InputError, match="same --lora flags"):
+    with pytest.raises(InputError, match="--lora-rank was 4, is 5"):
         train_cut.main(run("parts", "--lora-rank", "5", "--downsample", "-1", "--resume"))
     train_cut.main(run("parts", "--lora-rank", "4", "--downsample", "-1", "--resume"))
     a, b = (LLaMA.from_pretrained(tmp_path / d).state_dict() for d in ("whole", "parts"))

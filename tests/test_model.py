@@ -641,10 +641,12 @@ def test_resume_is_exact(tmp_path):
     assert [g["weight_decay"] for g in opt.param_groups] == [.1, 0.0]
     assert all(p.dim() == 1 for p in opt.param_groups[1]["params"])
     step(a, opt, 0)
-    M.save_resume(tmp_path / "run" / "resume.pt", a, opt, {"step": 1}, rank=0)
+    M.save_resume(tmp_path / "run" / "resume.pt", a, opt, {"step": 1, "run": {"lr": 0.1}}, rank=0)
     step(a, opt, 1)
     b = ours(torch.float32, seed=9)
     opt_b = M.make_optimizer(b, weight_decay=.1)
-    assert M.load_resume(tmp_path / "run" / "resume.pt", b, opt_b) == {"step": 1}
+    with pytest.raises(ValueError, match="--lr was 0.1, is 0.2"):
+        M.load_resume(tmp_path / "run" / "resume.pt", b, opt_b, {"lr": 0.2, "device": "cpu"})
+    assert M.load_resume(tmp_path / "run" / "resume.pt", b, opt_b, {"lr": 0.1})["step"] == 1
     step(b, opt_b, 1)
     same_weights(a, b)

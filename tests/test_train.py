@@ -16,7 +16,7 @@ import losses
 import train_cut
 import train_ppo
 import train_sft
-from model import Config, InputError, LLaMA, RewardModel
+from model import Config, InputError, LLaMA, RewardModel, add_lora, lora_layers
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -303,3 +303,60 @@ def test_cuts_own_file_on_a_llama(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["prompt_format"] == "cut"
     before, after = weights(tmp_path / "llama", "cut"), weights(tmp_path / "out", "cut")
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_finished_run_can_be_resumed(base, tmp_path, capsys):
+    """A kill after the last round but before results.json must be completed, not end in a traceback."""
+    argv = ["--model", str(base), "--rounds", "1", "--steps", "2", "--samples", "20", "--split", "validation",
+            "--device", "cpu", "--out", str(tmp_path / "out")]
+    train_cut.main(argv)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (tmp_path / "out" / "results.json").unlink()
+    train_cut.main([*argv, "--resume"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rounds"] == results["rounds"]
+    assert "in brackets" in capsys.readouterr().out
+
+
+def test_what_must_not_be_resumed_or_written_over(base, files, tmp_path):
+    """Another run's state taken up silently; the base model overwritten by what was trained from it."""
+    argv = arguments("cut", base, files, tmp_path / "out", "--save-every", 4)
+    with pytest.raises(InputError, match="nothing to resume"):
+        train_cut.main([*argv, "--resume"])
+    train_cut.main(argv)
+    with pytest.raises(InputError, match="--seed was 0, is 1"):
+        train_cut.main([*argv, "--resume", "--seed", "1"])
+    with pytest.raises(InputError, match="is the --model"):
+        train_cut.main(arguments("cut", base, files, base))
+
+
+def test_the_first_ctrl_c_counts_after_an_inner_run(tmp_path, monkeypatch):
+    """The SFT run that train_cut.py starts within itself must not keep the signal for itself."""
+    order = []
+    monkeypatch.setattr(train_cut, "StopSignal", lambda: order.append("cut"))
+    monkeypatch.setattr(train_sft, "built_in", lambda *args: order.append("sft") or str(tmp_path / "none"))
+    with pytest.raises(InputError):
+        train_cut.main(["--out", str(tmp_path / "out")])
+    with pytest.raises(InputError):                     # no such model: reached only after the inner run
+        train_cut.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert order[0] == "sft" and "cut" not in order[:1]
+
+
+def test_detection_is_made_without_dropout(base, files):
+    """Dropout draws different masks for the two readings, and tokens are flagged by chance."""
+    model = LLaMA.from_pretrained(base)
+    add_lora(model, 4, 16, 0.5)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight)
+    tokenizer = data.Tokenizer.from_pretrained(base)
+    bad = [e for e in data.encode(tokenizer, data.read_judged(files["cut"]), "short", 256) if e.judged]
+    model.train()
+    one, two = evaluate.pair_logp(model, bad, "cpu"), evaluate.pair_logp(model, bad, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) and model.training
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--lam", "0"], ["--seed", "-1"], ["--steps", "0"],
+                                   ["--data", "x.json", "--recipe", "corrected"]])
+def test_values_out_of_range_are_refused_by_the_parser(flags):
+    """math domain error, division by zero or KeyError some minutes later."""
+    with pytest.raises((SystemExit, InputError)):
+        train_cut.parse(flags)
