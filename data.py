@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from losses import IGNORE
-from model import InputError, print0, read_config, replacing
+from model import InputError, print0, read_config, replacing, within
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -774,16 +774,21 @@ def download(address, path, sha256="", tries=5):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description="Downloads published data: resumably, and checked.")
-    p.add_argument("names", nargs="+", choices=DOWNLOADS, help="which data")
+    p = argparse.ArgumentParser(description="Downloads published data, resumably and checked, or writes the world's.")
+    p.add_argument("names", nargs="+", choices=[*DOWNLOADS, "world"], help="which data; world: instructions to try on")
     p.add_argument("--to", default="data", help="folder")
+    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     for name in args.names:
-        for address, sha256 in DOWNLOADS[name]:
+        if name == "world":                                                 # validation instructions and their answers
+            asked = World(args.seed).instructions("validation", 300)
+            write_json_lines(Path(args.to, "world", "ask.jsonl"), [
+                {k: r[k] for k in ("id", "instruction", "input", "reference")} for r in asked])
+        for address, sha256 in DOWNLOADS.get(name, []):
             download(address, Path(args.to, name, address.rsplit("/", 1)[1]), sha256)
     return 0
 

@@ -27,7 +27,7 @@ from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, load_resume,
 from simulate import count_errors, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's.
-DEFAULTS = {"batch_size": (16, 32), "micro_batch_size": (2, 16), "lr": (3e-6, 1e-3), "steps": (-1, 300),
+DEFAULTS = {"batch_size": (16, 32), "micro_batch_size": (2, 16), "lr": (3e-6, 1e-3), "steps": (-1, 600),
             "format": ("alpaca", "short"), "max_length": (512, 256)}
 
 
@@ -138,7 +138,7 @@ def main(argv=None):
     policy = LLaMA.from_pretrained(args.model, dtype, device)
     if not args.data:
         the_world = World(args.seed)
-        records = world_preferences(policy, tokenizer, the_world.instructions("train", 4000, "preferences"), args,
+        records = world_preferences(policy, tokenizer, the_world.instructions("train", 10000, "preferences"), args,
                                     rank, world)
     pairs = encode_pairs(tokenizer, records, args.format, args.max_length)
     if not 0 < args.held_out < len(pairs):
