@@ -788,6 +788,7 @@ def main(argv=None):
             asked = World(args.seed).instructions("validation", 300)
             write_json_lines(Path(args.to, "world", "ask.jsonl"), [
                 {k: r[k] for k in ("id", "instruction", "input", "reference")} for r in asked])
+            print(f"{Path(args.to, 'world', 'ask.jsonl')}: {len(asked)} instructions of world {args.seed}")
         for address, sha256 in DOWNLOADS.get(name, []):
             download(address, Path(args.to, name, address.rsplit("/", 1)[1]), sha256)
     return 0

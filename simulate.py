@@ -5,7 +5,7 @@
   prefer   pairs, or n outputs each -> preferences      for train_ppo.py; or two files -> a win rate
   refine   judged responses -> better outputs    rewritten with the judgment in the prompt (ILF)
 
-  python simulate.py --model out/cut-0 --prompt "Say what 7 plus 5 is."       one typed prompt (sample is the default)
+  python simulate.py --model out/cut-0 --prompt "Say what 15 less 4 is."      one typed prompt (sample is the default)
   python simulate.py sample --model out/sft-0-corrects --data ask.json --outputs 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
   python simulate.py judge --data outputs.jsonl --by api --api URL --api-model NAME --out judged.jsonl
