@@ -26,7 +26,6 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from losses import IGNORE
-from model import InputError, print0, read_config, replacing, within
+from model import InputError, launch, print0, read_config, replacing, within
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -795,7 +794,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, Tokenizer, World, collate, read_preferences
-from model import LLaMA, print0, read_config, setup_distributed
+from model import LLaMA, launch, print0, read_config, setup_distributed
 from simulate import JUDGES, count_errors, mean_and_se, respond, wrong_words
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
@@ -279,7 +279,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

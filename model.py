@@ -17,6 +17,7 @@ import mmap
 import os
 import pickle
 import signal
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -258,7 +259,8 @@ class RewardModel(nn.Module):
         """tokens (B, T) padded on the right, lengths (B,) without padding -> rewards (B,)."""
         hidden = self.model(tokens)                                         # (B, T, D)
         last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]     # (B, D)
-        return self.score(last).squeeze(-1).float()
+        reward = self.score(last).squeeze(-1)                               # (B,)
+        return reward.float() if reward.dtype in (torch.bfloat16, torch.float16) else reward
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
@@ -754,6 +756,21 @@ def setup_distributed(device=""):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def launch(main):
+    """What a script does when it is launched: main(), and one line for a mistake in its input. Under torchrun a process
+    leaves at once when all ranks are done: in the interpreter's own shutdown, gloo's threads can end in the wrong
+    order and abort a run that has succeeded."""
+    try:
+        code = main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def print0(*args):

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions,
                   read_judged, read_outputs, read_pairs, split, units, write_json_lines)
-from model import (DTYPES, InputError, LLaMA, gather_lists, generate, print0, read_config, setup_distributed, within,
-                   write_json)
+from model import (DTYPES, InputError, LLaMA, gather_lists, generate, launch, print0, read_config, setup_distributed,
+                   within, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -885,7 +885,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

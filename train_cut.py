@@ -13,7 +13,6 @@ shows what this takes; the formula is losses.cut_token_loss.
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downs
                   read_json, read_judged, split, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
-from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, load_resume,
-                   lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter, save_resume,
-                   setup_distributed, within, write_json)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, launch,
+                   load_resume, lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter,
+                   save_resume, setup_distributed, within, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
@@ -347,7 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

@@ -11,7 +11,6 @@ was cut off (AlpacaFarm leaves it out).
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import train_sft
 from data import (FORMATS, Batches, InputError, Tokenizer, World, format_prompt, read_preferences, split)
 from losses import reward_loss
-from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, load_resume, lr_at, make_optimizer,
+from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, launch, load_resume, lr_at, make_optimizer,
                    open_metrics, print0, save_resume, setup_distributed, within, write_json)
 from simulate import count_errors, respond
 
@@ -210,7 +209,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

@@ -11,7 +11,6 @@ winners of best-of-n make it expert iteration, and so on.
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
                   read_judge_training, split, world_tokenizer)
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
-                   all_sum, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
+                   all_sum, launch, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
                    save_resume, setup_distributed, within)
 from simulate import JUDGES
 
@@ -195,7 +194,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    launch(main)

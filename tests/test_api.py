@@ -990,7 +990,8 @@ def test_a_real_server(model, tmp_path):
         assert stats["prompt_tokens"] > 0 and stats["completion_tokens"] > 0
         done, failed, stats = run("judge", server, OUTPUTS[:4], tmp_path / "j.jsonl", *name, "--by", "api",
                                   "--max-new-tokens", 8)
-        assert len(done) + len(failed) == 4 and done
+        assert len(done) + len(failed) == 4                                 # a random model hardly ever ends in time
+        assert all(r["reason"].startswith("cut off") for r in failed)
         done, failed, stats = run("prefer", server, make_pairs(6), tmp_path / "p.jsonl", *name, "--by", "api")
         assert len(done) + len(failed) == 6 and all(r["reason"].startswith("not understood") for r in failed)
     finally:
@@ -999,8 +1000,7 @@ def test_a_real_server(model, tmp_path):
         log.close()
 
 
-
 def test_the_price_table_has_alpacafarms_factors():
-    """25, 50 and 45 times cheaper than people: section 3.4's arithmetic with its own price."""
+    """25, 50 and 46 times cheaper than people: section 3.4's arithmetic at its own price (it says 45)."""
     table = simulate.price_table(0.012).splitlines()
     assert [line.split()[-2] for line in table] == ["25", "50", "46"]
