@@ -1,4 +1,4 @@
-"""Speed and memory beside the plain ways, in one run, alternately, medians:  python tests/bench.py  (about 5 minutes)
+"""Speed and memory beside the plain ways, in one run, alternately, medians:  python tests/bench.py  (about 8 minutes)
 
 1. The CUT loss on 2 x 4,096 response tokens, width 1,024, vocabulary 32,000, forward and backward: fused, against full
    logits of both passes as in the released code (log-softmax in its place, which is kinder to it than the original).

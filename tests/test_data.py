@@ -742,3 +742,16 @@ def test_a_judge_learns_from_judged_responses(tmp_path):
     one, two = D.read_judge_training(path)
     assert one["instruction"] == D.JUDGE_SYSTEM + "\n\nInstruction:\na\n\nb\n\nAnswer:\n{y}\n\nYour review:"
     assert (one["output"], two["output"]) == ("bad", "Perfect.") and one["judgment"] is None
+
+
+FARM = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_farm"
+
+
+@pytest.mark.skipif(not FARM.is_dir(), reason="needs AlpacaFarm's sample files")
+@pytest.mark.parametrize("name,read,count", [
+    ("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8), ("outputs_sft", D.read_outputs, 252),
+    ("outputs_rlhf", D.read_outputs, 252), ("outputs_baseline", D.read_demonstrations, 252),
+    ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
+def test_alpacafarms_files_are_read_as_published(name, read, count):
+    """A check that is stricter than the published data."""
+    assert len(read(FARM / f"{name}.json")) == count
