@@ -43,7 +43,7 @@ def _tile_softmax(hidden, weight, targets):
 
 
 def _tile_backward(e, total, targets, grad_logp, hidden, weight, grad_weight):
-    """Gradient of sum(grad_logp * logp) for one tile. e is overwritten by d/dlogits = grad_logp (1[target] - e / total).
+    """Gradient of sum(grad_logp * logp) for one tile; e is overwritten by d/dlogits = grad_logp (1[target] - e/total).
 
     Returns d/dhidden (R, n, D); adds d/dweight into grad_weight (V, D), unless that is None (a frozen head). The two
     products run in the precision of hidden and weight, as all gradients of half-precision layers do; sums stay fp32.

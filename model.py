@@ -439,7 +439,7 @@ def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
         before = p.cumsum(dim=-1) - p                                       # mass of the likelier tokens
         p = p * ((before < top_p * p.sum(dim=-1, keepdim=True)) | (before == 0))
     cdf = p.cumsum(dim=-1)                                                  # (B, V), last column the mass that is left
-    total = cdf[:, -1:]                                                     # (B, 1); below it, or no token would be left:
+    total = cdf[:, -1:]                                                     # (B, 1); `at` stays below it:
     at = torch.minimum(uniform.unsqueeze(1).to(wide) * total, total * (1 - torch.finfo(wide).eps))
     pick = torch.searchsorted(cdf, at, right=True)                          # first with cdf > at, so its p > 0
     return (pick if order is None else order.gather(1, pick)).squeeze(1)
