@@ -33,29 +33,24 @@ def _full_precision(x):
 
 
 def _tile_softmax(hidden, weight, targets):
-    """One tile: hidden (R, n, D), weight (V, D), targets (n,) -> e (R, n, V) and its sum (R, n, 1), whose ratio is the
-    softmax (one pass over the tile is saved by never dividing), and logp (R, n)."""
+    """One tile: hidden (R, n, D), weight (V, D), targets (n,) -> softmax (R, n, V) and logp (R, n)."""
     logits = hidden @ weight.T                                             # (R, n, V), the only large tensor there is
     logits -= logits.amax(dim=-1, keepdim=True)      # first, or a confident token's logp drowns in large equal numbers
     target = logits.gather(-1, targets.expand(logits.shape[:2]).unsqueeze(-1))      # (R, n, 1)
     total = logits.exp_().sum(dim=-1, keepdim=True)                        # (R, n, 1)
-    return logits, total, (target - total.log()).squeeze(-1)
+    return logits.div_(total), (target - total.log()).squeeze(-1)
 
 
-def _tile_backward(e, total, targets, grad_logp, hidden, weight, grad_weight):
-    """Gradient of sum(grad_logp * logp) for one tile; e is overwritten by d/dlogits = grad_logp (1[target] - e/total).
+def _tile_backward(softmax, targets, grad_logp, hidden, weight, grad_weight):
+    """Gradient of sum(grad_logp * logp) for one tile. softmax is overwritten by d/dlogits = grad_logp (1[target] - p).
 
-    Returns d/dhidden (R, n, D); adds d/dweight into grad_weight (V, D), unless that is None (a frozen head). The two
-    products run in the precision of hidden and weight, as all gradients of half-precision layers do; sums stay fp32.
+    Returns d/dhidden (R, n, D); adds d/dweight into grad_weight (V, D), unless that is None (a frozen head).
     """
-    grad_logits = e.mul_(-grad_logp.unsqueeze(-1) / total)
+    grad_logits = softmax.mul_(-grad_logp.unsqueeze(-1))
     index = targets.expand(grad_logp.shape).unsqueeze(-1)
     grad_logits.scatter_add_(-1, index, grad_logp.unsqueeze(-1))
-    grad_logits = grad_logits.to(hidden.dtype)
-    if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+    if grad_weight is not None:
         grad_weight.addmm_(grad_logits.flatten(0, 1).T, hidden.flatten(0, 1))
-    elif grad_weight is not None:
-        grad_weight += grad_logits.flatten(0, 1).T @ hidden.flatten(0, 1)
     return grad_logits @ weight
 
 
@@ -67,7 +62,7 @@ class _FusedLogp(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, tile):
         with torch.autocast(hidden.device.type, enabled=False):
             w = _full_precision(weight)
-            parts = [_tile_softmax(_full_precision(hidden[:, i:i + tile]), w, targets[i:i + tile])[2]
+            parts = [_tile_softmax(_full_precision(hidden[:, i:i + tile]), w, targets[i:i + tile])[1]
                      for i in range(0, len(targets), tile)]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.tile = tile
@@ -81,10 +76,10 @@ class _FusedLogp(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
             for i in range(0, len(targets), ctx.tile):
-                h, t = hidden[:, i:i + ctx.tile], targets[i:i + ctx.tile]
-                e, total, _ = _tile_softmax(_full_precision(h), w, t)
-                grad_hidden[:, i:i + ctx.tile] = _tile_backward(e, total, t, grad_logp[:, i:i + ctx.tile], h,
-                                                                weight.to(h.dtype), grad_weight)
+                h, t = _full_precision(hidden[:, i:i + ctx.tile]), targets[i:i + ctx.tile]
+                softmax, _ = _tile_softmax(h, w, t)
+                grad_hidden[:, i:i + ctx.tile] = _tile_backward(softmax, t, grad_logp[:, i:i + ctx.tile], h, w,
+                                                                grad_weight)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
@@ -101,15 +96,15 @@ class _FusedLoss(torch.autograd.Function):
             loss, parts = w.new_zeros(()), []
             for i in range(0, len(targets), tile):
                 s = slice(i, min(i + tile, len(targets)))
-                h, t = hidden[:, s], targets[s]
-                e, total, logp = _tile_softmax(_full_precision(h), w, t)
+                h, t = _full_precision(hidden[:, s]), targets[s]
+                softmax, logp = _tile_softmax(h, w, t)
                 with torch.enable_grad():                    # autograd sees R x n numbers, never the logits
                     logp.requires_grad_(True)
                     value = token_loss(logp, s).sum()
                     grad_logp, = torch.autograd.grad(value, logp)
                 loss += value.detach()
                 parts.append(logp.detach())
-                grad_hidden[:, s] = _tile_backward(e, total, t, grad_logp, h, weight.to(h.dtype), grad_weight)
+                grad_hidden[:, s] = _tile_backward(softmax, t, grad_logp, h, w, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         logp = torch.cat(parts, dim=1) if parts else w.new_zeros(hidden.shape[:2])

@@ -430,8 +430,7 @@ def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
     if temperature == 0:
         return logits.argmax(dim=-1)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # in fp32 the CDF's tail is rounding noise
-    logits = logits if logits.dtype == wide else logits.float()
-    p, order = torch.softmax(logits / temperature, dim=-1).to(wide), None   # (B, V)
+    p, order = torch.softmax(logits.to(wide) / temperature, dim=-1), None   # (B, V)
     if top_k or top_p < 1:
         p, order = p.sort(dim=-1, descending=True)
         if top_k:
@@ -439,9 +438,9 @@ def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
         before = p.cumsum(dim=-1) - p                                       # mass of the likelier tokens
         p = p * ((before < top_p * p.sum(dim=-1, keepdim=True)) | (before == 0))
     cdf = p.cumsum(dim=-1)                                                  # (B, V), last column the mass that is left
-    total = cdf[:, -1:]                                                     # (B, 1); `at` stays below it:
-    at = torch.minimum(uniform.unsqueeze(1).to(wide) * total, total * (1 - torch.finfo(wide).eps))
-    pick = torch.searchsorted(cdf, at, right=True)                          # first with cdf > at, so its p > 0
+    pick = torch.searchsorted(cdf, uniform.unsqueeze(1).to(wide) * cdf[:, -1:], right=True)     # first with cdf > u
+    last = p.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(dim=-1, keepdim=True)        # the last token with p > 0
+    pick = torch.minimum(pick, last)                                        # where rounding ran past the end
     return (pick if order is None else order.gather(1, pick)).squeeze(1)
 
 
