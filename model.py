@@ -502,8 +502,8 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
         finished = finished | (next_token == eos)
         if t + 1 == max_new_tokens:
             break
-        # Finished rows leave the batch, but not at every step: moving the cache costs about as much as decoding an
-        # eighth of it.
+        # Finished rows leave the batch, but not at every step: leaving means copying the cache of those that stay, so
+        # we wait until an eighth has ended.
         ended = int(finished.sum())
         if ended == len(finished):
             break

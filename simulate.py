@@ -138,8 +138,8 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
 # ----------------------------------------------------------------------------------------------------------------------
 # The API client: chat completions at any OpenAI-compatible address, to be left alone overnight
 
-# US dollars per million tokens (prompt, completion), with the date of the price. Names match exactly: a "gpt-4o" priced
-# as "gpt-4" would be off by ten. --price overrides.
+# US dollars per million tokens (prompt, completion), with the month that the price is from: check yours, --price
+# overrides. Names match exactly: a "gpt-4o" priced as "gpt-4" would be off by ten.
 PRICES = {
     "gpt-4o-mini": (0.15, 0.60, "2024-07"), "gpt-4o": (2.50, 10.00, "2024-10"), "gpt-4": (30.00, 60.00, "2023-06"),
     "gpt-4-turbo": (10.00, 30.00, "2024-04"), "gpt-3.5-turbo": (0.50, 1.50, "2024-01"),

@@ -125,7 +125,7 @@ def main(argv=None):
     if args.model:
         model = LLaMA.from_pretrained(args.model, dtype, device)
     else:
-        # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is about 1 / sqrt(96).
+        # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).
         model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
     if args.lora_rank:
         targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
