@@ -142,8 +142,12 @@ class Tokenizer:
                       "byte_fallback": True, "vocab": vocab, "merges": [[a, b] for *_, a, b in sorted(merges)]},
         }
 
-    def encode_prompt(self, text):
-        return [self.bos] + self.sp.encode(text)
+    def encode_prompt(self, text, control=None):
+        """Ids of a prompt, BOS first; then, if given, control token 0 to 7, which stands for how good the answer is to
+        be. Control tokens are the pieces of the bytes F8 to FF, which occur in no UTF-8 text: every LLaMA tokenizer has
+        them, no text encodes to them, and the vocabulary stays as it is."""
+        return [self.bos] + ([] if control is None else [self.sp.piece_to_id(f"<0x{0xF8 + control:02X}>")]) \
+            + self.sp.encode(text)
 
     def encode_response(self, text):
         """Ids of a response, EOS included: a model that never sees EOS supervised never stops."""
@@ -191,6 +195,14 @@ def format_prompt(record, form, judgment=None):
     elif extra:
         instruction = f"{instruction}\n{extra}"
     return fill_in(template, instruction=instruction, input=extra, judgment=judgment)
+
+
+def prompt_ids(tokenizer, record, form, judgment=None):
+    """The ids of a record's prompt, after the control token `reward_token` if the record has one (0 is the best)."""
+    control = record.get("reward_token")
+    if control is not None and control not in range(8):
+        raise InputError(f"record {record.get('id', '')}: 'reward_token' is {control!r}, expected 0 to 7")
+    return tokenizer.encode_prompt(format_prompt(record, form, judgment), control)
 
 
 def fill_in(template, **fields):
@@ -305,9 +317,13 @@ def read_pairs(path):
 def read_preferences(path, ties=False):
     """AlpacaFarm's pairs: instruction, input, output_1, output_2, preference: 1 or 2, 1.5 a tie, or between (a judge's
     probability that output_2 is better, plus 1). Ties and pairs of equal texts say nothing about which is better: they
-    are left out and counted, unless `ties`."""
+    are left out and counted, unless `ties`. What `simulate.py refine` wrote is pairs too: `output` against `rejected`
+    (ILF-DPO)."""
     records, left_out = [], 0
     for i, r in enumerate({"input": "", **r} for r in read_json(path)):
+        if "rejected" in r and "output_1" not in r:
+            _check(path, i, r, output=_TEXT, rejected=_TEXT)
+            r.update(output_1=r["output"], output_2=r["rejected"], preference=1)
         _check(path, i, r, instruction=_TEXT, input=_MAYBE, output_1=_TEXT, output_2=_TEXT, preference=(int, float))
         if not 1 <= r["preference"] <= 2:
             raise InputError(f"{path}: record {i}: 'preference' is {r['preference']}, expected 1, 2 or between; "
@@ -418,6 +434,29 @@ def read_judge_training(path):
              "output": r["judgment"] or "Perfect."} for r in read_judged(path, filter_noise=True)]
 
 
+def better_and_worse(record):
+    """The two texts of a preference record, the preferred one first."""
+    first, second = record["output_1"], record["output_2"]
+    return (first, second) if record["preference"] < 1.5 else (second, first)
+
+
+def read_feedme(path):
+    """Binary FeedME (AlpacaFarm section 4.2): the preferred output of every pair, as a demonstration."""
+    return [{**r, "output": better_and_worse(r)[0], "judgment": None} for r in read_preferences(path)]
+
+
+def read_conditioning(path):
+    """Binary reward conditioning (AlpacaFarm section 4.3): both outputs of every pair as demonstrations, the preferred
+    one after control token 0, the other after 1. Answers are later asked for with 0."""
+    return [{**r, "id": f"{r.get('id', i)}-{k}", "output": text, "judgment": None, "reward_token": k}
+            for i, r in enumerate(read_preferences(path)) for k, text in enumerate(better_and_worse(r))]
+
+
+def read_forward(path):
+    """Forward Prediction (CUT's baseline): learn to give every response, good or bad, and to judge it."""
+    return [{**r, "judgment": None} for r in read_judged(path, filter_noise=True)] + read_judge_training(path)
+
+
 def downsample_positives(records, ratio, seed=42):
     """Keeps int(ratio * number of negatives) of the positives, drawn once; all of them if there are fewer. ratio < 0
     keeps all. (The ratio is to the negatives: 0.25 is one positive for four negatives, as published.)"""
@@ -453,10 +492,10 @@ def encode(tokenizer, records, form, max_length, hindsight=False):
     examples, too_long, names = [], [], set()
     for i, r in enumerate(records):
         judgment = r.get("judgment")
-        prompt = tokenizer.encode_prompt(format_prompt(r, form, judgment if hindsight else None))
+        prompt = prompt_ids(tokenizer, r, form, judgment if hindsight else None)
         judged = None
         if judgment is not None and not hindsight:
-            judged = tokenizer.encode_prompt(format_prompt(r, form, judgment))
+            judged = prompt_ids(tokenizer, r, form, judgment)
         name = str(r.get("id", i))
         name = name if name not in names else f"{name}#{i}"                 # ids of joined files may repeat
         names.add(name)
@@ -482,6 +521,15 @@ def collate(rows, device="cpu"):
         tokens[b, :len(p) + len(y) - 1] = torch.tensor(p + y[:-1])
         targets[b, len(p) - 1:len(p) + len(y) - 1] = torch.tensor(y)
     return tokens.to(device), targets.to(device)
+
+
+def pad(sequences, device="cpu"):
+    """Lists of ids -> tokens (B, T) padded on the right, lengths (B,)."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for i, s in enumerate(sequences):
+        tokens[i, :len(s)] = torch.tensor(s)
+    return tokens.to(device), lengths.to(device)
 
 
 WINDOW, PIECES = 16, 4       # batches whose examples are sorted together; pieces of like length that make up a batch

@@ -1,8 +1,9 @@
 """Every formula of the repository, as pure functions of log-probabilities.
 
-Almost every loss here (NLL, unlikelihood, CUT, the reward model's, later DPO and PPO) is a few lines on top of one
-quantity: logp, the log-probability that the model gives to each token of a response. This file first shows how to get
-logp from hidden states without ever holding the (tokens, vocabulary) matrix of logits, then the formulas.
+Almost every loss here (NLL, unlikelihood, CUT, DPO, PPO) is a few lines on top of one quantity: logp, the
+log-probability that the model gives to each token of a response. This file first shows how to get logp from hidden
+states without ever holding the (tokens, vocabulary) matrix of logits, then the formulas: CUT; reward model and DPO;
+PPO in the order of its step (KL, rewards, whitening, advantages, the two losses); Quark.
 
 Shapes: N response tokens, R branches (forward passes over the same tokens), D width, V vocabulary. Losses are in nats.
 """
@@ -10,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 IGNORE = -100      # the target of positions that no loss looks at (prompt and padding)
 
@@ -182,10 +184,15 @@ def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
     return cut_l1(logp_judged, logp_plain, flagged, alpha, gamma) - logp_judged
 
 
+def per_example_sum(values, lengths):
+    """values (N,) of consecutive responses with `lengths` (B,) tokens each -> their sums (B,)."""
+    example = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)    # (N,)
+    return values.new_zeros(len(lengths)).index_add(0, example, values)
+
+
 def per_example_mean(values, lengths):
     """values (N,) of consecutive responses with `lengths` (B,) tokens each -> their means (B,)."""
-    example = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)    # (N,)
-    return values.new_zeros(len(lengths)).index_add(0, example, values) / lengths
+    return per_example_sum(values, lengths) / lengths
 
 
 def cut_loss(logp_judged, logp_plain, lengths, logp_positive=None, positive_lengths=None, *,
@@ -230,9 +237,137 @@ def detection_sums(logp_judged, logp_plain, flagged):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reward model (AlpacaFarm section 4.4)
+# Preferences: the reward model (AlpacaFarm, arXiv 2305.14387) and DPO (arXiv 2305.18290)
 
 
 def reward_loss(reward_chosen, reward_rejected):
     """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over pairs. Both (B,) -> scalar."""
     return F.softplus(reward_rejected - reward_chosen).mean()
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """DPO of each pair: -log sigmoid(beta [(chosen - ref_chosen) - (rejected - ref_rejected)]), all (B,) -> (B,).
+
+    Each is the log-probability of a whole response: the *sum* over its tokens, EOS included, under the policy or the
+    frozen reference. While the two are equal the loss is ln 2; the margin in brackets has to grow from there."""
+    return F.softplus(-beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PPO, in the order of its step (arXiv 1707.06347; as AlpacaFarm ran it)
+#
+# All (B, T): row b is response b, column t its token t. `mask` is 1 on the tokens that were sampled and 0 behind them.
+# AlpacaFarm's released code has no mask: its means and its whitening run over all T columns, padding included. Without
+# a mask the functions below do the same, to the digit (its arithmetic is a mode of train_ppo.py).
+
+
+def masked_mean(x, mask=None):
+    """Mean of x over the positions where mask is 1 (all of them without one)."""
+    return x.mean() if mask is None else (x * mask).sum() / mask.sum()
+
+
+def kl_estimate(logp, ref_logp, kind):
+    """What one sampled token says of KL(policy || reference), with d = logp - ref_logp. Elementwise.
+
+    k1       d: unbiased, but of either sign and noisy
+    k2       d^2 / 2: biased, small variance
+    k3       exp(-d) - 1 + d: unbiased and never negative
+    clamped  max(d, 0): the released code's; biased upwards, so a policy equal to the reference on average pays too
+    """
+    d = logp - ref_logp
+    if kind not in ("k1", "k2", "k3", "clamped"):
+        raise ValueError(f"kind is {kind!r}: use k1, k2, k3 or clamped")
+    return {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d,
+            "clamped": lambda: d.clamp(min=0)}[kind]()
+
+
+def shape_rewards(score, kl, last, beta):
+    """The reward of every token: -beta * KL at each, and the response's score at its last. score (B,), kl (B, T), last
+    (B,): the column of each response's last token -> (B, T)."""
+    rewards = -beta * kl
+    rewards[torch.arange(len(score), device=score.device), last] += score
+    return rewards
+
+
+def whiten(x, mask=None, shift_mean=True):
+    """(x - mean) / (std + 1e-8), with the population's standard deviation; shift_mean=False adds the mean back. Zero
+    outside of the mask. Without a mask and without a shift, zeros do not stay zero: they become mean * (1 - 1 / std).
+    """
+    mean = masked_mean(x, mask)
+    std = masked_mean((x - mean) ** 2, mask).sqrt()
+    white = (x - mean) / (std + 1e-8) + (0.0 if shift_mean else mean)
+    return white if mask is None else white * mask
+
+
+def gae(rewards, values, gamma, lam):
+    """Generalized advantage estimation: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}.
+
+    Both (B, T), values[t] the value *before* token t is chosen; both zero behind the end -> advantages, returns (B, T),
+    where return = advantage + value. At gamma = lam = 1, A_t is what is still to come minus V_t."""
+    advantages, ahead = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(values[:, t])
+        ahead = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * ahead
+        advantages[:, t] = ahead
+    return advantages, advantages + values
+
+
+def ppo_policy_loss(logp, old_logp, advantages, clip):
+    """PPO's clipped loss of each token: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logp - old_logp).
+
+    Elementwise. No gradient where the ratio has already left the interval in the direction that A rewards."""
+    ratio = torch.exp(logp - old_logp)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def ppo_value_loss(values, old_values, returns, clip):
+    """The critic's clipped loss of each token: half the larger of (V - R)^2 and (V' - R)^2, V' being V held within
+    `clip` of the value at rollout. Elementwise."""
+    held = torch.clamp(values, old_values - clip, old_values + clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+
+
+def explained_variance(values, returns, mask=None):
+    """1 - Var(return - value) / Var(return): 1 is a perfect critic, 0 one that says the same everywhere."""
+    rest, total = returns - values, returns - masked_mean(returns, mask)
+    rest = rest - masked_mean(rest, mask)
+    return 1 - masked_mean(rest ** 2, mask) / masked_mean(total ** 2, mask).clamp(min=1e-12)
+
+
+def next_beta(beta, kl, target, rate=0.1):
+    """The adaptive controller: beta grows by up to 2 % when the KL of a response (summed over its tokens) is above
+    target, and shrinks as much below it."""
+    return beta * (1 + rate * min(0.2, max(-0.2, kl / target - 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quark (arXiv 2205.13636, as adapted in AlpacaFarm)
+
+
+def quantiles(rewards, count):
+    """Sorts responses by reward, best first (ties in their order), into `count` groups of equal size, the remainder in
+    the last. rewards (B,) -> list of `count` lists of indices."""
+    order = torch.argsort(rewards, descending=True, stable=True).tolist()
+    size = len(order) // count
+    return [order[i * size:(i + 1) * size if i + 1 < count else None] for i in range(count)]
+
+
+def full_vocabulary(hidden, weight, ref_hidden, ref_weight, targets, tile=256):
+    """log p(target), KL(p || p_ref) and entropy of p at each of N tokens: hidden, ref_hidden (N, D), weight, ref_weight
+    (V, D), targets (N,) -> three (N,), with gradient through hidden and weight. The KL and the entropy are sums over the
+    whole vocabulary, so logits are needed in full: they are made a tile at a time, and again in the backward pass."""
+    def one(h, w, rh, targets):
+        logp = torch.log_softmax(_full_precision(h) @ _full_precision(w).T, dim=-1)         # (n, V)
+        ref = torch.log_softmax(_full_precision(rh) @ _full_precision(ref_weight).T, dim=-1)
+        p = logp.exp()
+        return logp.gather(1, targets.unsqueeze(1)).squeeze(1), (p * (logp - ref)).sum(-1), -(p * logp).sum(-1)
+
+    parts = [torch.utils.checkpoint.checkpoint(one, hidden[i:i + tile], weight, ref_hidden[i:i + tile],
+                                               targets[i:i + tile], use_reentrant=False)
+             for i in range(0, len(targets), tile)]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def quark_token_loss(logp, kl, entropy, kl_coef, entropy_coef):
+    """Quark's loss of each token: -log p(y_t) + kl_coef KL(p || p_ref) - entropy_coef H(p). Elementwise."""
+    return -logp + kl_coef * kl - entropy_coef * entropy

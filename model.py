@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import IGNORE, fused_logp, fused_loss
+from losses import IGNORE, full_vocabulary, fused_logp, fused_loss
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message says what, where and what to do about it. The scripts
@@ -193,12 +193,14 @@ class LLaMA(nn.Module):
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, config)
 
-    def forward(self, tokens, targets=None, token_loss=None):
+    def forward(self, tokens, targets=None, token_loss=None, temperature=1.0, reference=None):
         """tokens (B, T) -> logits (B, T, V); with targets the head is fused with what is wanted of it.
 
         targets (B, T): the token that follows tokens[b, t], or IGNORE. Call N the number of the others, in row order.
-        - targets alone: their log-probabilities (N,), with gradient.
+        - targets alone: their log-probabilities (N,), with gradient. `temperature` divides the logits: a sampled
+          response has to be scored at the temperature at which it was sampled.
         - and token_loss: losses.fused_loss of it, as (scalar loss, logp (1, N)).
+        - and reference, (hidden (N, D), head weight) of a frozen model: losses.full_vocabulary, three (N,).
         Both may be lists of R such tensors, passes over the same responses after different prompts (of different
         lengths, so T differs): then token_loss sees the R log-probabilities of a token side by side, logp (R, N).
         All of it happens inside forward, so that DistributedDataParallel sees one call of one module.
@@ -212,6 +214,9 @@ class LLaMA(nn.Module):
             raise ValueError("the passes have different response tokens: they must be the same, in the same order")
         target = wanted[0]
         hidden = torch.stack([self.model(x)[y != IGNORE] for x, y in zip(tokens, targets)])     # (R, N, D)
+        hidden = hidden if temperature == 1 else hidden / temperature
+        if reference is not None:
+            return full_vocabulary(hidden[0], self.lm_head.weight, *reference, target)
         if token_loss is None:
             logp = [fused_logp(h, self.lm_head.weight, target) for h in hidden]
             return torch.stack(logp) if len(logp) > 1 else logp[0]
@@ -249,17 +254,31 @@ class RewardModel(nn.Module):
             init_weights(self, config)
 
     @classmethod
-    def from_policy(cls, policy):
-        """A reward model that starts from a policy's backbone (copied) and a fresh small head."""
-        reward = cls(policy.config).to(next(policy.parameters()).dtype)
-        reward.model.load_state_dict(policy.model.state_dict())
+    def sharing(cls, other):
+        """A reward model on the backbone of another model: the same tensors, not a copy, which adapters on either leave
+        as they are. The head is fresh, in fp32 when the backbone is in half precision (it is what is trained)."""
+        with torch.device("meta"):
+            reward = cls(other.config)
+        reward.model.load_state_dict(other.model.state_dict(), assign=True)
+        weight = other.model.norm.weight
+        wide = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        reward.score = nn.Linear(other.config.hidden_size, 1, bias=False, device=weight.device, dtype=wide)
+        nn.init.normal_(reward.score.weight, std=other.config.initializer_range)
         return reward
 
     def forward(self, tokens, lengths):
         """tokens (B, T) padded on the right, lengths (B,) without padding -> rewards (B,)."""
         hidden = self.model(tokens)                                         # (B, T, D)
         last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]     # (B, D)
-        reward = self.score(last).squeeze(-1)                               # (B,)
+        return self._read(last)                                             # (B,)
+
+    def values(self, tokens, where):
+        """As PPO's critic: the head at the positions where (B, T) is true -> (N,), in row order. The value at a
+        position is of the state *before* the next token is chosen."""
+        return self._read(self.model(tokens)[where])
+
+    def _read(self, hidden):
+        reward = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
         return reward.float() if reward.dtype in (torch.bfloat16, torch.float16) else reward
 
     @classmethod
@@ -316,8 +335,11 @@ def lora_layers(model):
 
 def add_lora(model, rank=16, alpha=16, dropout=0.05, targets=MLP_PROJECTIONS):
     """Freezes the model and puts adapters on the linear layers whose names end in one of `targets`. Returns the number
-    of trainable parameters: 23.2 M for LLaMA-2 7B and 36.4 M for 13B with CUT's setting, which is the default."""
+    of trainable parameters: 23.2 M for LLaMA-2 7B and 36.4 M for 13B with CUT's setting, which is the default. The
+    head of a reward model is small, and stays trainable."""
     model.requires_grad_(False)
+    if isinstance(model, RewardModel):
+        model.score.requires_grad_(True)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in targets and isinstance(child, nn.Linear):
@@ -360,7 +382,9 @@ def save_adapter(model, directory, base):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     write_safetensors(d / "adapter_model.safetensors", {f"base_model.model.{name}": p for name, p in trained.items()})
     write_json(d / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if isinstance(model, RewardModel) else "CAUSAL_LM",
+        "modules_to_save": ["score"] if isinstance(model, RewardModel) else None,
+        "base_model_name_or_path": str(base), "inference_mode": True,
         "r": one.lora_A.out_features, "lora_alpha": one.alpha, "lora_dropout": one.dropout.p, "bias": "none",
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers})})
 
@@ -805,14 +829,20 @@ def lr_at(step, peak, warmup, steps, floor=0.05):
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999)):
+def lr_linear(step, peak, warmup, steps):
+    """AlpacaFarm's schedule for PPO and Quark: from 0 (the first step has no effect) to peak at step `warmup`, then
+    straight down to nearly 0 at the last."""
+    return peak * (step / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
+
+
+def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
     """AdamW over all trainable parameters; decay, if any, on matrices only (norm weights are scales, not directions).
     The learning rate is set before every step by the training loop."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     fused = params[0].device.type != "mps"
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused)
 
 
 def save_resume(path, model, optimizer, state, rank):

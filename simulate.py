@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import requests
+import torch
 from tqdm import tqdm
 
-from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, format_prompt, join, read_instructions,
+from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, join, pad, prompt_ids, read_instructions,
                   read_judged, read_outputs, read_pairs, split, units, write_json_lines)
-from model import (DTYPES, InputError, LLaMA, gather_lists, generate, launch, print0, read_config, setup_distributed,
-                   within, write_json)
+from model import (DTYPES, InputError, LLaMA, RewardModel, gather_lists, generate, launch, print0, read_config,
+                   setup_distributed, within, write_json)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
     be done in parts."""
     numbers = range(len(records)) if numbers is None else numbers
     rows = list(range(len(records)))[rank::world]
-    prompts = [tokenizer.encode_prompt(format_prompt(records[i], form)) for i in rows]
+    prompts = [prompt_ids(tokenizer, records[i], form) for i in rows]
     with tqdm(total=n * len(rows), desc=label, disable=rank > 0 or not label, leave=False, unit="response",
               delay=1) as bar:
         ids = generate(model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
@@ -133,6 +134,30 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
                        progress=bar.update) if rows else []
     texts = dict(gather_lists(zip(rows, [[tokenizer.decode_response(y) for y in ys] for ys in ids])))
     return [texts[i] for i in range(len(records))]
+
+
+@torch.no_grad()
+def score(model, sequences, batch_size=64, rank=0, world=1, label=None):
+    """A reward model's scores of lists of ids, prompt + response: one float each, the same on all ranks."""
+    mine = sorted(range(len(sequences))[rank::world], key=lambda i: len(sequences[i]))      # like lengths together
+    device, found = model.score.weight.device, {}
+    with tqdm(total=len(mine), desc=label, disable=rank > 0 or not label, leave=False, unit="response", delay=1) as bar:
+        for part in split(mine, batch_size) if mine else []:
+            found.update(zip(part, model(*pad([sequences[i] for i in part], device)).tolist()))
+            bar.update(len(part))
+    found = dict(gather_lists(found.items()))
+    return [found[i] for i in range(len(sequences))]
+
+
+def score_texts(directory, records, texts, form=None, dtype="float32", device="cpu", batch_size=64, rank=0, world=1):
+    """The scores that the reward model in `directory` gives to lists of texts, one list for each record. A text counts
+    as ended: EOS is scored with it."""
+    tokenizer, form = Tokenizer.from_pretrained(directory), model_format(directory, form)
+    model = RewardModel.from_pretrained(directory, DTYPES[dtype], device)
+    sequences = [prompt_ids(tokenizer, {**r, "reward_token": None}, form) + tokenizer.encode_response(text)
+                 for r, mine in zip(records, texts) for text in mine]
+    flat = iter(score(model, sequences, batch_size, rank, world, "scoring"))
+    return [[next(flat) for _ in mine] for mine in texts]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -612,6 +637,12 @@ def model_format(directory, form=None):
     return form
 
 
+def conditioned(directory, records):
+    """The records with the control token that the model in `directory` was trained to be asked with, if it was."""
+    token = read_config(directory, quiet=True)[1].get("reward_token")
+    return records if token is None else [{**r, "reward_token": token} for r in records]
+
+
 def make_client(args, models=()):
     """The client that the flags describe. Of several models the highest prices count, so that --max-cost holds."""
     known = [PRICES[m][:2] if m in PRICES else None for m in models or [args.api_model]]
@@ -639,6 +670,7 @@ def answers(args, asks, n=1, system="", label="sampling", whole=False):
     cache = Cache(args.cache or f"{args.out}.cache.jsonl") if args.out else Cache(os.devnull)
     weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.model).glob("*model*"))
     settings = [weights, form, system, n, args.temperature, args.top_p, args.top_k, args.max_new_tokens, args.seed]
+    asks = conditioned(args.model, asks)
     asks = [{**r, "instruction": f"{system}\n\n{r['instruction']}" if system else r["instruction"]} for r in asks]
     keys = [Cache.key(settings, i, whole_instruction(r)) for i, r in enumerate(asks)]
     todo = [i for i, k in enumerate(keys) if k not in cache.answers]
@@ -711,23 +743,33 @@ def sample(args):
     if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
         raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
     records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
+    if bool(args.best_of) != bool(args.reward):
+        raise InputError("--best-of N and --reward DIR, the reward model that chooses, belong together")
     if args.prompt and args.api:
         args.cache = args.cache or os.devnull
-    found, client = answers(args, records, args.outputs)
+    found, client = answers(args, records, args.best_of or args.outputs)
     if found is None:
         return 0
-    if args.prompt:
-        print0("\n".join(a.text if a.text is not None else f"failed: {a.reason}" for a in found[0]))
-        return 0
-    done, failed = [], []
+    done, failed, empty = [], [], 0
     for r, mine in zip(records, found):
         texts = [a.text for a in mine]
+        empty += sum(text is not None and not text.strip() for text in texts)
         if None in texts or not "".join(texts).strip():
             failed.append({**r, "reason": next((a.reason for a in mine if a.text is None), "empty answer")})
         else:
-            done.append({**r, "output": texts if args.outputs > 1 else texts[0],
+            done.append({**r, "output": texts if len(texts) > 1 else texts[0],
                          "generator": args.api_model or args.model})
-    empty = sum(a.text is not None and not a.text.strip() for mine in found for a in mine)
+    if args.best_of:
+        rank, world, device = setup_distributed(args.device)
+        texts = [r["output"] if args.best_of > 1 else [r["output"]] for r in done]
+        for r, mine, scores in zip(done, texts, score_texts(args.reward, done, texts, dtype=args.dtype, device=device,
+                                                            batch_size=args.batch_size, rank=rank, world=world)):
+            reward, k = max((s, -i) for i, s in enumerate(scores) if mine[i].strip())       # the first, if equal
+            r.update(output=mine[-k], reward=reward, generator=f"{r['generator']}, best of {args.best_of}")
+    if args.prompt:
+        outputs = [r["output"] if isinstance(r["output"], list) else [r["output"]] for r in done]
+        print0("\n".join([text for mine in outputs for text in mine] + [f"failed: {r['reason']}" for r in failed]))
+        return 0
     return finish(args, done, failed, client, empty=empty)
 
 
@@ -754,15 +796,28 @@ def judge(args):
 
 def refine(args):
     records = [r for r in read_judged(args.data) if r["judgment"] is not None]
+    if args.by == "reference":
+        for i, r in enumerate(records):
+            if not isinstance(r.get("reference"), str):
+                raise InputError(f"{args.data}: judged response {i} has no key 'reference', the right answer, which --by "
+                                 "reference takes the corrections from; use --by model or --by api")
+        return finish(args, [refined(r, corrected(r["output"], r["reference"])) for r in records], [])
+    if not (args.api if args.by == "api" else args.model):
+        raise InputError(f"--by {args.by} needs {'--api URL and --api-model NAME' if args.by == 'api' else '--model DIR'}")
+    args.api = args.api if args.by == "api" else None
     asks = [{"instruction": fill_in(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
                                     judgment=r["judgment"]), "input": ""} for r in records]
     found, client = answers(args, asks, label="refining", whole=True)
     if found is None:
         return 0
     done, failed = sort_out(records, found)
-    done = [{**r, "judgment": None, "rejected": r["output"], "was_judged": r["judgment"], "output": text.strip()}
-            for r, text in done]
-    return finish(args, done, failed, client)
+    return finish(args, [refined(r, text.strip()) for r, text in done], failed, client)
+
+
+def refined(record, output):
+    """A judged record after its refinement: a demonstration (ILF-MLE), and with `rejected` a pair (ILF-DPO)."""
+    return {**record, "judgment": None, "rejected": record["output"], "was_judged": record["judgment"],
+            "output": output}
 
 
 def pairs_of(args):
@@ -856,10 +911,13 @@ def parse(argv):
     v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
     v.add_argument("--prompt", help="one instruction, answered on the terminal")
     v.add_argument("--outputs", type=within(int, 1), default=1, help="outputs for each instruction")
+    v.add_argument("--best-of", type=within(int, 1), help="draw this many (at --temperature 1) and keep the best")
+    v.add_argument("--reward", help="directory of the reward model that says which is best")
     v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
     v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
     v.set_defaults(temperature=0.0)                                         # one opinion, not a sample of them
     v = verbs.add_parser("refine", parents=[files, api, answer], help="judged responses -> better outputs")
+    v.add_argument("--by", choices=("model", "api", "reference"), help="who rewrites (default: api if --api is given)")
     v = verbs.add_parser("prefer", parents=[files, api], help="pairs or several outputs -> preferences")
     v.add_argument("--by", choices=("simulated", "reference", "api"), default="simulated", help="who compares")
     v.add_argument("--against", help="outputs of a baseline, output_1 of every pair: prints the win rate of --data")
@@ -874,6 +932,8 @@ def parse(argv):
         raise InputError(f"--out {args.out} is a folder: give the name of a file")
     if args.verb != "sample" and not (args.data and args.out):
         raise InputError(f"{args.verb} needs --data FILE and --out FILE")
+    if args.verb == "refine":
+        args.by = args.by or ("api" if args.api else "model")
     if args.api and not args.api_model:
         raise InputError("--api needs --api-model, the model's name on that server")
     return args

@@ -1,116 +1,874 @@
-"""Preferences -> reward model: the first stage of learning from preferences (AlpacaFarm section 4.4).
+"""Learning from preferences: pairs -> reward model -> policy (AlpacaFarm's methods). Four stages, one command each:
 
-  python train_ppo.py                                        pairs from the built-in world's SFT model
-  python train_ppo.py --model DIR --data preferences.json    a LLaMA checkpoint and AlpacaFarm's pairs
-  torchrun --nproc_per_node 8 train_ppo.py --model ...       the same on eight GPUs
+  python train_ppo.py                                    reward, then ppo, in the built-in world
+  python train_ppo.py reward --model DIR --data pairs.json        pairs -> reward model
+  python train_ppo.py ppo --model DIR --reward DIR --data instructions.json    reward model -> policy, by PPO
+  python train_ppo.py quark --model DIR --reward DIR --data instructions.json  reward model -> policy, by Quark
+  python train_ppo.py dpo --model DIR --data pairs.json           pairs -> policy, without a reward model
+  torchrun --nproc_per_node 8 train_ppo.py ppo ...       any of them on eight GPUs
 
-The reward model is the SFT model's backbone with a scalar head, read at the last real token. A pair (better, worse) is
-explained by Bradley and Terry: p(better wins) = sigmoid(r(better) - r(worse)), and the loss is its negative logarithm.
-EOS is part of the text that is scored, in training and later, so that the model can tell an ended answer from one that
-was cut off (AlpacaFarm leaves it out).
+PPO holds four models, of which two learn:
+  policy      learns; starts as the SFT model; answers the instructions
+  reference   the SFT model, frozen: straying from it costs beta times KL(policy || reference), token by token
+  reward      frozen: one score for the whole answer, which lands on its last token (EOS, if it ended)
+  critic      learns; the reward model's backbone under a fresh head; foresees, before each token, what is still to come
+With --lora-rank all four are adapters and heads on one frozen backbone (the reference is the policy without its
+adapter), so that what fits one model for training fits PPO.
+
+One step: answer (rollout), score the answers, turn scores into advantages, go over the rollouts `--epochs` times in
+batches of `--batch-size`, report. Ids are scored as they were sampled, EOS included, at the sampling temperature.
 """
 import argparse
+import contextlib
+import copy
+import json
 import math
+import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import train_sft
-from data import (FORMATS, Batches, InputError, Tokenizer, World, format_prompt, read_preferences, split)
-from losses import reward_loss
-from model import (DTYPES, LLaMA, RewardModel, StopSignal, all_sum, launch, load_resume, lr_at, make_optimizer,
-                   open_metrics, print0, save_resume, setup_distributed, within, write_json)
-from simulate import count_errors, respond
+from data import (FORMATS, Batches, InputError, Tokenizer, World, better_and_worse, collate, pad, prompt_ids,
+                  read_instructions, read_preferences, split, write_json_lines)
+from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
+from losses import (IGNORE, dpo_loss, explained_variance, gae, kl_estimate, masked_mean, next_beta, per_example_sum,
+                    ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, LLaMA, RewardModel, StopSignal, add_lora,
+                   all_sum, gather_lists, generate, launch, load_adapter, load_resume, lora_disabled, lora_layers,
+                   lr_at, lr_linear, make_optimizer, merge_lora, open_metrics, peak_memory, print0, replacing,
+                   save_adapter, save_resume, setup_distributed, within, write_json)
+from simulate import count_errors, mean_and_se, respond, score, score_texts
 
-# What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's.
-DEFAULTS = {"batch_size": (16, 32), "micro_batch_size": (2, 16), "lr": (3e-6, 1e-3), "steps": (-1, 600),
-            "format": ("alpaca", "short"), "max_length": (512, 256)}
+# What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's, with
+# its learning rates of full fine-tuning: LoRA wants about ten times as much.
+COMMON = {"format": ("alpaca", "short"), "max_length": (512, 256)}
+DEFAULTS = {
+    "reward": {**COMMON, "batch_size": (16, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 5e-4), "epochs": (1.0, 6.0)},
+    "dpo": {**COMMON, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
+    "ppo": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 200),
+            "rollouts": (512, 128), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 20)},
+    "quark": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 200),
+              "rollouts": (512, 512), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 20)},
+}
+# AlpacaFarm's arithmetic as released, which --released puts in the place of ours.
+RELEASED = {"kl": ("clamped", "k1"), "beta": (0.0067, 0.05), "lam": (1.0, 0.95), "ending_penalty": (0.0, 1.0)}
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] not in [[stage] for stage in DEFAULTS] + [["-h"], ["--help"]]:
+        argv = ["both", *argv]
+    files, lora, machine, pairs, rollouts = (argparse.ArgumentParser(add_help=False) for _ in range(5))
     # what goes in and out
-    p.add_argument("--model", default="", help="SFT checkpoint directory (default: made by train_sft.py)")
-    p.add_argument("--data", default="", help="preferences, JSON or JSONL (default: the built-in world)")
-    p.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
-    p.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
-    p.add_argument("--out", default="", help="run folder (default: out/reward-SEED, or out/reward-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
+    files.add_argument("--model", default="", help="SFT checkpoint directory (default: made by train_sft.py)")
+    files.add_argument("--data", default="", help="pairs (reward, dpo) or instructions; default: the built-in world's")
+    files.add_argument("--format", choices=FORMATS, help="prompt format (default: alpaca; short in the built-in world)")
+    files.add_argument("--out", default="", help="run folder (default: out/STAGE-SEED, or out/STAGE-DATA)")
+    files.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
-    p.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: one pass)")
-    p.add_argument("--batch-size", type=within(int, 1), help="pairs a step, over all ranks (default 16)")
-    p.add_argument("--micro-batch-size", type=within(int, 1), help="pairs a forward pass: what fits (default 2)")
-    p.add_argument("--lr", type=within(float, 0), help="peak learning rate (default 3e-6)")
-    p.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
-    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the head, the data's order")
-    # machine
-    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs are left out (default 512)")
-    p.add_argument("--save-every", type=within(int, 1), default=100, help="steps between saves for --resume")
+    files.add_argument("--batch-size", type=within(int, 1), help="pairs or responses an update, over all ranks")
+    files.add_argument("--micro-batch-size", type=within(int, 1), help="of them in a forward pass: what fits")
+    files.add_argument("--lr", type=within(float, 0), help="peak learning rate")
+    files.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
+    lora.add_argument("--lora-rank", type=within(int, 0), default=0, help="train adapters of this rank (0: all weights)")
+    lora.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    lora.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
+    machine.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the sampling, the data's order")
+    machine.add_argument("--noise", type=within(float, 0, 0.5), default=0.25, help="flipped labels, built-in world")
+    machine.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    files.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    files.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs or prompts are left out")
+    files.add_argument("--save-every", type=within(int, 1), default=100, help="steps between saves for --resume")
+    # pairs
+    pairs.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
+    pairs.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
+    pairs.add_argument("--epochs", type=within(float, 0), help="passes over the pairs, if --steps is not given")
+    pairs.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
+    # rollouts
+    rollouts.add_argument("--reward", default="", help="reward model's directory (default: made by the stage reward)")
+    rollouts.add_argument("--validation", default="", help="instructions to choose the checkpoint on (needs --judge)")
+    rollouts.add_argument("--judge", default="", help="a second reward model, of other pairs, that chooses it")
+    rollouts.add_argument("--steps", type=within(int, 1), help="rollouts; each is followed by several updates")
+    rollouts.add_argument("--rollouts", type=within(int, 1), help="responses a step, over all ranks")
+    rollouts.add_argument("--max-new-tokens", type=within(int, 1), help="a response is cut off here")
+    rollouts.add_argument("--temperature", type=within(float, 0.01), default=1.0, help="of sampling and of scoring")
+    rollouts.add_argument("--epochs", type=within(int, 1), default=2, help="passes over the rollouts of a step")
+    rollouts.add_argument("--warmup", type=within(int, 1), default=5, help="steps of warm-up; then linear decay to 0")
+    rollouts.add_argument("--eval-every", type=within(int, 1), help="steps between measurements on validation")
+    rollouts.add_argument("--ending-penalty", type=within(float, 0), help="taken from an answer that does not end")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = p.add_subparsers(dest="stage", required=True)
+    stages.add_parser("both", parents=[machine], help="reward, then ppo, in the built-in world (the default)")
+    s = stages.add_parser("reward", parents=[files, lora, machine, pairs], help="pairs -> reward model")
+    s = stages.add_parser("dpo", parents=[files, lora, machine, pairs], help="pairs -> policy")
+    s.add_argument("--beta", type=within(float, 0), default=0.1, help="how much log-ratio a preference is worth")
+    s = stages.add_parser("ppo", parents=[files, lora, machine, rollouts], help="reward model -> policy, by PPO")
+    s.add_argument("--beta", type=within(float, 0), help="price of a nat of KL, in rewards (default 0.05)")
+    s.add_argument("--kl", choices=("k1", "k2", "k3", "clamped"), help="its estimator: losses.kl_estimate (default k1)")
+    s.add_argument("--target-kl", type=within(float, 0), default=0.0, help="adapt beta to this KL a response (0: fixed)")
+    s.add_argument("--gamma", type=within(float, 0, 1), default=1.0, help="discount")
+    s.add_argument("--lam", type=within(float, 0, 1), help="lambda of the advantages (default 0.95)")
+    s.add_argument("--ratio-clip", type=within(float, 0), default=0.2, help="the policy's clip range")
+    s.add_argument("--value-clip", type=within(float, 0), default=0.2, help="the critic's")
+    s.add_argument("--value-coef", type=within(float, 0), default=0.1, help="weight of the critic's loss")
+    s.add_argument("--released", action="store_true", help="AlpacaFarm's arithmetic: padding counts, KL clamped at 0, "
+                   "rewards whitened, statistics of each process, lambda 1, beta 0.0067, no penalty")
+    s = stages.add_parser("quark", parents=[files, lora, machine, rollouts], help="reward model -> policy, by Quark")
+    s.add_argument("--quantiles", choices=("best", "all"), default="all", help="train on all rollouts, each after the "
+                   "control token of its quantile, or on the best quarter without (as released)")
+    s.add_argument("--count", type=within(int, 1, 8), default=4, help="number of quantiles")
+    s.add_argument("--kl-coef", type=within(float, 0), default=0.05, help="weight of KL(policy || reference)")
+    s.add_argument("--entropy-coef", type=within(float, 0), default=0.0, help="weight of the entropy bonus")
     args = p.parse_args(argv)
-    for name, (with_data, built_in) in DEFAULTS.items():
+    if args.stage == "both":
+        return args
+    for name, (with_data, built_in) in DEFAULTS[args.stage].items():
         if getattr(args, name) is None:
             setattr(args, name, with_data if args.data else built_in)
-    args.out = args.out or f"out/reward-{Path(args.data).stem if args.data else args.seed}"
+    for name, (released, ours) in RELEASED.items() if args.stage in ("ppo", "quark") else ():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, released if getattr(args, "released", False) else ours)
+    args.out = args.out or f"out/{args.stage}-{Path(args.data).stem if args.data else args.seed}"
     return args
 
 
-def world_preferences(model, tokenizer, records, args, rank, world):
-    """Two answers of the SFT model to each instruction; the one with fewer wrong words is preferred; no ties."""
-    texts = respond(model, tokenizer, records, args.format, max_new_tokens=32, temperature=1.0, seed=args.seed, n=2,
-                    rank=rank, world=world, label="sampling pairs")
-    pairs = []
-    for r, (a, b) in zip(records, texts):
-        errors = count_errors(a, r["reference"]) - count_errors(b, r["reference"])
-        if errors and a and b:
-            pairs.append({"id": r["id"], "instruction": r["instruction"], "input": "", "output_1": a, "output_2": b,
-                          "preference": 1 if errors < 0 else 2})
-    print0(f"{len(pairs)} pairs of answers that differ in their number of errors, from {len(records)} instructions")
-    return pairs
+def built_in_reward(seed, noise, device=""):
+    """The directory of the built-in world's reward model: made when it is not there yet or was made otherwise."""
+    argv = ["reward", "--seed", str(seed), "--noise", str(noise)]
+    wanted = vars(parse(argv))
+    path = Path(wanted["out"], "config.json")
+    found = json.loads(path.read_text())["run"] if path.is_file() else {}
+    sft = Path(train_sft.built_in(seed, "corrects", device), "config.json")
+    same = found and sft.stat().st_mtime <= path.stat().st_mtime and all(
+        found.get(k) == v for k, v in wanted.items() if k not in MAY_DIFFER | {"model", "steps"})
+    if not same and main([*argv, "--device", device]):
+        raise SystemExit(130)                                               # stopped by the user
+    return wanted["out"]
 
 
-def encode_pairs(tokenizer, pairs, form, max_length):
-    """Pairs -> list of (ids of prompt + better, ids of prompt + worse)."""
+def adapt(model, args):
+    """Adapters on the model, if --lora-rank asks for them. No dropout: it would make two readings of a response by the
+    same weights differ, and PPO's ratio and DPO's margin with them."""
+    if args.lora_rank:
+        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+        trainable = add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
+        print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
+
+
+def save_model(model, out, tokenizer, args, **extra):
+    """The run folder's model: whole, and its adapter beside it if it has one (which the stage ppo then shares)."""
+    if args.lora_rank:
+        save_adapter(model, out / "adapter", args.model)
+        merge_lora(model)
+    model.save_pretrained(out, tokenizer, extra={"prompt_format": args.format, "run": vars(args), **extra})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs: the reward model, and DPO
+
+
+def load_pairs(args, device):
+    """The tokenizer, and the pairs that stay in --max-length as [(prompt, better, worse) ids], split into training and
+    held-out ones, the records of the latter beside them."""
+    if not args.data:
+        args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
+    elif not args.model:
+        raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    records = read_preferences(args.data or train_sft.built_in_preferences(args.seed, args.noise, device))
     encoded = []
-    for r in pairs:
-        prompt = tokenizer.encode_prompt(format_prompt(r, form))
-        texts = (r["output_1"], r["output_2"]) if r["preference"] < 1.5 else (r["output_2"], r["output_1"])
-        encoded.append(tuple(prompt + tokenizer.encode_response(text) for text in texts))
-    fits = [pair for pair in encoded if max(map(len, pair)) <= max_length]
+    for r in records:
+        prompt, (better, worse) = prompt_ids(tokenizer, r, args.format), better_and_worse(r)
+        encoded.append((prompt, tokenizer.encode_response(better), tokenizer.encode_response(worse)))
+    fits = [i for i, (x, b, w) in enumerate(encoded) if len(x) + max(len(b), len(w)) <= args.max_length]
     if len(fits) < len(encoded):
-        print0(f"left out {len(encoded) - len(fits)} of {len(encoded)} pairs longer than {max_length} tokens")
+        print0(f"left out {len(encoded) - len(fits)} of {len(encoded)} pairs longer than {args.max_length} tokens")
+    if not 0 < args.held_out < len(fits):
+        raise InputError(f"--held-out {args.held_out} of the {len(fits)} pairs that fit in --max-length "
+                         f"{args.max_length}: some must be left to train on")
+    order = torch.randperm(len(fits), generator=torch.Generator().manual_seed(42)).tolist()
+    held_out, train = order[:args.held_out], order[args.held_out:]
+    return (tokenizer, [encoded[fits[i]] for i in train], [encoded[fits[i]] for i in held_out],
+            [records[fits[i]] for i in held_out])
+
+
+def accuracy(margins, records):
+    """Shares of held-out pairs whose preferred answer has the larger reward (margin > 0), with standard errors: counted
+    by their labels and, where the right answer is known (the built-in world), by the truth. Noise bounds the first:
+    `ceiling` is how often a label agrees with the truth, of the pairs that differ in their number of errors."""
+    found = dict(zip(("accuracy", "accuracy_se"), mean_and_se([float(m > 0) for m in margins])))
+    known = [(m, count_errors(worse, r["reference"]) - count_errors(better, r["reference"]))
+             for m, r in zip(margins, records) if "reference" in r for better, worse in [better_and_worse(r)]]
+    if known := [(m, truth) for m, truth in known if truth]:
+        found.update(zip(("truth", "truth_se"), mean_and_se([float(m * truth > 0) for m, truth in known])))
+        found["ceiling"] = mean_and_se([float(truth > 0) for _, truth in known])[0]
+        found["accuracy_known"] = mean_and_se([float(m > 0) for m, _ in known])[0]
+    return found
+
+
+def reward_margins(model, pairs, rank, world):
+    """r(better) - r(worse) of each pair."""
+    scores = score(model, [x + y for x, *answers in pairs for y in answers], rank=rank, world=world)
+    return [better - worse for better, worse in zip(scores[::2], scores[1::2])]
+
+
+def train_reward(args, rank, world, device, out, dtype, start_time):
+    """Bradley and Terry explain a pair by p(better wins) = sigmoid(r(better) - r(worse)). The reward model is the SFT
+    model's backbone with a scalar head, read at the last real token. EOS is part of the text, here and in PPO, so that
+    the model can tell an ended answer from one that was cut off (AlpacaFarm leaves it out)."""
+    tokenizer, train, held_out, held_records = load_pairs(args, device)
+    batches = Batches([len(b) + len(w) for _, b, w in train], args.batch_size, args.seed)
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
+
+    # --- model and optimizer
+    stop = StopSignal()
+    model = RewardModel.sharing(LLaMA.from_pretrained(args.model, dtype, device))
+    adapt(model, args)
+    optimizer = make_optimizer(model)
+    start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
+    if rank == 0 and not args.resume:
+        (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    metrics = open_metrics(out / "metrics.jsonl", start, rank)
+
+    # --- loop
+    stopping = False
+    for step in tqdm(range(start, steps), "reward", initial=start, total=steps, disable=rank > 0, unit="step"):
+        step_time = time.time()
+        batch = batches(step)                                               # the whole step's pairs, on every rank
+        mine = batch[rank::world]
+        micro = split([train[i] for i in mine or batch[:1]], args.micro_batch_size)
+        loss_sum, right = 0.0, 0
+        for i, part in enumerate(micro):
+            wrapped.require_backward_grad_sync = i == len(micro) - 1
+            rewards = wrapped(*pad([x + b for x, b, _ in part] + [x + w for x, _, w in part], device))     # (2 b,)
+            better, worse = rewards.chunk(2)                                # (b,), (b,)
+            loss = reward_loss(better, worse) * len(part) * bool(mine)      # summed over the part's pairs
+            (loss * world / len(batch)).backward()
+            loss_sum, right = loss_sum + loss.item(), right + (better > worse).sum().item() * bool(mine)
+        loss_sum, right, stopping = all_sum([loss_sum, right, stop.requested], device)
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(f"step {step}: the loss is {loss_sum}; pairs {batch}")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        lr = lr_at(step, args.lr, math.ceil(args.warmup * steps), steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        metrics({"step": step, "loss": loss_sum / len(batch), "accuracy": right / len(batch), "lr": lr,
+                 "grad_norm": norm.item(), "seconds": time.time() - step_time})
+        if stopping or (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
+        if stopping:
+            break
+
+    # --- measure and save
+    found = accuracy(reward_margins(model, held_out, rank, world), held_records)
+    if rank == 0:
+        save_model(model, out, tokenizer, args)
+        write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
+                                          "seconds": time.time() - start_time})
+    all_sum([0], device)                                                    # the others wait until the model is there
+    print0(f"accuracy on {len(held_out)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}, trained on "
+           f"{len(train)}" + (f"; against the truth {found['truth']:.3f} +- {found['truth_se']:.3f}; of the pairs whose "
+           f"truth is known {found['accuracy_known']:.3f} of their labels, which agree with the truth in "
+           f"{found['ceiling']:.3f}" if "truth" in found else ""))
+    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
+    return 130 if stopping else 0
+
+
+def answer_logp(model, rows, device):
+    """log p(response | prompt) of each row, summed over its tokens, EOS included: rows of (prompt, response) -> (B,)."""
+    lengths = torch.tensor([len(y) for _, y in rows], device=device)
+    return per_example_sum(model(*collate(rows, device)), lengths)
+
+
+@torch.no_grad()
+def pair_logps(model, pairs, device, rank, world, batch_size=32):
+    """log p of (better, worse) for each pair, under a model that does not learn: [(float, float)]."""
+    mine, found = range(len(pairs))[rank::world], []
+    for part in split(mine, batch_size) if mine else []:
+        rows = [(pairs[i][0], y) for k in (1, 2) for i in part for y in [pairs[i][k]]]
+        better, worse = answer_logp(model, rows, device).chunk(2)
+        found += zip(part, zip(better.tolist(), worse.tolist()))
+    found = dict(gather_lists(found))
+    return [found[i] for i in range(len(pairs))]
+
+
+def train_dpo(args, rank, world, device, out, dtype, start_time):
+    """DPO reads the reward off the policy itself: beta times how much likelier than under the reference it makes an
+    answer. The reference is the policy at step 0, so its numbers are taken once, and no second model is kept."""
+    tokenizer, train, held_out, held_records = load_pairs(args, device)
+    batches = Batches([len(x) + max(len(b), len(w)) for x, b, w in train], args.batch_size, args.seed)
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
+
+    # --- model and optimizer
+    stop = StopSignal()
+    model = LLaMA.from_pretrained(args.model, dtype, device)
+    adapt(model, args)
+    model.eval()
+    reference = pair_logps(model, train, device, rank, world)               # before a resumed run's weights come in
+    reference_held = pair_logps(model, held_out, device, rank, world)
+    optimizer = make_optimizer(model)
+    start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
+    if rank == 0 and not args.resume:
+        (out / "resume.pt").unlink(missing_ok=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    metrics = open_metrics(out / "metrics.jsonl", start, rank)
+
+    # --- loop
+    stopping = False
+    for step in tqdm(range(start, steps), "dpo", initial=start, total=steps, disable=rank > 0, unit="step"):
+        step_time = time.time()
+        batch = batches(step)
+        mine = batch[rank::world]
+        micro = split(mine or batch[:1], args.micro_batch_size)
+        loss_sum, right, margin, risen = 0.0, 0, 0.0, 0.0
+        for i, part in enumerate(micro):
+            wrapped.require_backward_grad_sync = i == len(micro) - 1
+            better, worse = answer_logp(wrapped, [(train[j][0], train[j][k]) for k in (1, 2) for j in part],
+                                        device).chunk(2)                    # (b,), (b,)
+            ref_better, ref_worse = torch.tensor([reference[j] for j in part], device=device).to(better).T
+            loss = dpo_loss(better, worse, ref_better, ref_worse, args.beta).sum() * bool(mine)
+            (loss * world / len(batch)).backward()
+            margins = ((better - ref_better) - (worse - ref_worse)).detach() * bool(mine)
+            loss_sum, right, margin = loss_sum + loss.item(), right + (margins > 0).sum().item(), margin + \
+                margins.sum().item()
+            risen += (better - ref_better).sum().item() * bool(mine)
+        loss_sum, right, margin, risen, stopping = all_sum([loss_sum, right, margin, risen, stop.requested], device)
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(f"step {step}: the loss is {loss_sum}; pairs {batch}")
+        if step == 0 and abs(loss_sum / len(batch) - math.log(2)) > 0.01:
+            raise RuntimeError(f"the loss at step 0 is {loss_sum / len(batch)}, not ln 2: policy and reference differ")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        lr = lr_at(step, args.lr, math.ceil(args.warmup * steps), steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        metrics({"step": step, "loss": loss_sum / len(batch), "accuracy": right / len(batch), "lr": lr,
+                 "margin": margin / len(batch), "better_logp_change": risen / len(batch), "grad_norm": norm.item(),
+                 "seconds": time.time() - step_time})
+        if stopping or (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
+        if stopping:
+            break
+
+    # --- measure and save
+    now = pair_logps(model, held_out, device, rank, world)
+    margins = [(b - rb) - (w - rw) for (b, w), (rb, rw) in zip(now, reference_held)]
+    found = {**accuracy(margins, held_records), "margin": sum(margins) / len(margins)}
+    if rank == 0:
+        save_model(model, out, tokenizer, args)
+        write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
+                                          "seconds": time.time() - start_time})
+    all_sum([0], device)
+    print0(f"accuracy on {len(held_out)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}, margin "
+           f"{found['margin']:.2f} nats, trained on {len(train)}")
+    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
+    return 130 if stopping else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What PPO and Quark share: instructions, rollouts, and the judge that chooses the checkpoint
+
+
+class Task(NamedTuple):
+    """What a policy is trained and chosen on. judge(texts) -> a list of numbers, larger is better."""
+    tokenizer: Tokenizer
+    records: list
+    validation: list
+    judge: object
+    test: list
+
+
+def load_task(args, device):
+    """Instructions to answer, and an independent judge of answers to validation instructions: in the built-in world the
+    truth; else --judge, a reward model that was trained on other pairs than --reward."""
+    if not args.data:
+        args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
+        args.reward = args.reward or built_in_reward(args.seed, args.noise, args.device)
+    for name in ("model", "reward"):
+        if not getattr(args, name):
+            raise InputError(f"--data needs --{name}, a directory: the {'SFT' if name == 'model' else 'reward'} model")
+    if bool(args.validation) != bool(args.judge):
+        raise InputError("--validation FILE and --judge DIR, the reward model that chooses, belong together")
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    if Tokenizer.from_pretrained(args.reward).serialized != tokenizer.serialized:
+        raise InputError(f"{args.model} and {args.reward} have different tokenizers: sampled ids mean the same to policy "
+                         "and reward model only if both come from one base")
+    validation, test, judge = [], [], None
+    if args.data:
+        records = read_instructions(args.data)
+        if args.judge:
+            validation = read_instructions(args.validation)
+            judge = lambda texts: [s for s, in score_texts(args.judge, validation, [[t] for t in texts], None,
+                                                           args.dtype, device)]
+    else:
+        the_world = World(args.seed)
+        records = the_world.instructions("train", 10000, "unlabeled")
+        validation, test = the_world.instructions("validation", 400), the_world.instructions("test", 800)
+        judge = lambda texts: [float(t == r["reference"]) for t, r in zip(texts, validation)]
+    fits = [r for r in records if len(prompt_ids(tokenizer, r, args.format)) <= args.max_length]
+    if len(fits) < len(records):
+        print0(f"left out {len(records) - len(fits)} of {len(records)} prompts longer than {args.max_length} tokens")
     if not fits:
-        raise InputError(f"no pair fits in {max_length} tokens: raise --max-length")
-    return fits
+        raise InputError(f"{args.data}: no prompt fits in {args.max_length} tokens: raise --max-length")
+    return Task(tokenizer, fits, validation, judge, test)
 
 
-def pad(sequences, device):
-    """Lists of ids -> tokens (B, T) padded on the right, lengths (B,)."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    for i, s in enumerate(sequences):
-        tokens[i, :len(s)] = torch.tensor(s)
-    return tokens.to(device), lengths.to(device)
+def roll_out(policy, task, asked, args, step, rank, world):
+    """One sampled response to each of this rank's share of the asked records: [(number, prompt ids, response ids)]. The
+    random numbers belong to (seed, step, number), so that the answers do not depend on how many ranks share them."""
+    numbers = list(range(len(asked)))[rank::world]
+    prompts = [prompt_ids(task.tokenizer, asked[i], args.format) for i in numbers]
+    responses = generate(policy, prompts, args.max_new_tokens, task.tokenizer.eos, temperature=args.temperature,
+                         seed=args.seed * 10**6 + step, rows=numbers)
+    return [(i, x, y) for i, x, (y,) in zip(numbers, prompts, responses)]
 
 
-def accuracy(model, pairs, device, rank, world, batch_size=64):
-    """Share of pairs in which the better answer gets the higher reward, over all ranks, and its standard error."""
-    mine, right = pairs[rank::world], 0
-    with torch.no_grad():
-        for part in split(mine, batch_size):
-            better, worse = model(*pad([b for b, _ in part] + [w for _, w in part], device)).chunk(2)
-            right += (better > worse).sum().item()
-    share = all_sum([right], device)[0] / len(pairs)
-    return share, math.sqrt(share * (1 - share) / len(pairs))
+def validate(policy, reward, task, args, step, rank, world, token=None):
+    """{"step", "proxy": the reward model's mean score, "judge": the judge's mean} of answers to validation."""
+    records = task.validation if token is None else [{**r, "reward_token": token} for r in task.validation]
+    texts = [ys[0] for ys in respond(policy, task.tokenizer, records, args.format, max_new_tokens=args.max_new_tokens,
+                                     temperature=0.7 if args.data else 0, seed=args.seed, rank=rank, world=world,
+                                     label=None)]
+    rows = [prompt_ids(task.tokenizer, r, args.format) + task.tokenizer.encode_response(text)
+            for r, text in zip(task.validation, texts)]
+    scores = score(reward, rows, rank=rank, world=world)
+    return {"step": step, "proxy": sum(scores) / len(scores), "judge": mean_and_se(task.judge(texts))[0],
+            "length": sum(map(len, texts)) / len(texts)}
+
+
+def keep_best(policy, out, curve, rank):
+    """Writes the policy's trained weights to best.pt if the last entry of the curve is its best by the judge."""
+    if rank == 0 and curve[-1]["judge"] > max([c["judge"] for c in curve[:-1]], default=-math.inf):
+        with replacing(out / "best.pt") as temporary:
+            torch.save({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}, temporary)
+
+
+def finish(policy, task, curve, args, out, device, rank, world, start_time, token=None):
+    """Puts the best checkpoint's weights back, measures it on the test instructions if there are any, and saves it."""
+    results = {"curve": curve}
+    if curve:
+        all_sum([0], device)                                                # best.pt is there
+        best = max(curve, key=lambda c: c["judge"])
+        trained = dict(policy.named_parameters())
+        with torch.no_grad():
+            for name, weight in torch.load(out / "best.pt", map_location=device, weights_only=True).items():
+                trained[name].copy_(weight)
+        results.update(step=best["step"], proxy=best["proxy"], judge=best["judge"])
+        print0(f"best on validation: step {best['step']}, judge {best['judge']:.3f}, reward {best['proxy']:.2f} (step 0: "
+               f"judge {curve[0]['judge']:.3f}, reward {curve[0]['proxy']:.2f})")
+    else:
+        print0("the model is that of the last step: --validation and --judge would choose an earlier one if it is better")
+    if task.test:
+        first = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
+        _, before = answer_errors(first, task.tokenizer, task.test, args.format, rank, world)
+        asked = task.test if token is None else [{**r, "reward_token": token} for r in task.test]
+        _, errors = answer_errors(policy, task.tokenizer, asked, args.format, rank, world)
+        results.update(sft=exact_match(before), exact_match=exact_match(errors))
+        results["win_rate"], results["win_rate_se"] = win_rate(errors, before)
+        print0(f"exact match on {len(errors)} test instructions: SFT {results['sft']:.3f}, now "
+               f"{results['exact_match']:.3f}; win rate {results['win_rate']:.3f} +- {results['win_rate_se']:.3f}")
+    if rank == 0:
+        save_model(policy, out, task.tokenizer, args, **({} if token is None else {"reward_token": token}))
+        results.update(seconds=time.time() - start_time, peak_memory_bytes=peak_memory(device))
+        write_json(out / "results.json", results)
+    all_sum([0], device)
+    print0(f"model in {out}, {time.time() - start_time:.0f} s, peak memory {peak_memory(device) / 2**20:.0f} MiB")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PPO
+
+
+class Models(NamedTuple):
+    policy: LLaMA
+    reference: object        # None: the policy without its adapter
+    reward: RewardModel
+    critic: RewardModel
+
+
+class PolicyAndCritic(nn.Module):
+    """The two that learn, as one module with one forward: what DistributedDataParallel and one optimizer want."""
+
+    def __init__(self, policy, critic):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(self, tokens, targets, slots, token_loss=None, temperature=1.0):
+        """tokens, targets as in LLaMA.forward; slots (B, T): where the critic is read -> what LLaMA.forward gives, and
+        values (number of slots,). A target's value is read at the same position: *before* its token is chosen."""
+        return self.policy(tokens, targets, token_loss, temperature), self.critic.values(tokens, slots)
+
+
+def load_models(args, dtype, device):
+    """The four models. Without adapters four backbones; with them one, if --reward was trained as an adapter of
+    --model (the reward model's adapter is then where the critic's starts), else two."""
+    policy = LLaMA.from_pretrained(args.model, dtype, device)
+    if not args.lora_rank:
+        reward = RewardModel.from_pretrained(args.reward, dtype, device)
+        reference, critic = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(reward)
+    else:
+        adapter, reference = Path(args.reward, "adapter"), None
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] \
+            if adapter.is_dir() else ""
+        if base and Path(base).resolve() == Path(args.model).resolve():
+            reward, critic = RewardModel.sharing(policy), RewardModel.sharing(policy)
+            load_adapter(reward, adapter)
+            load_adapter(critic, adapter)
+        else:
+            print0(f"{args.reward} has no adapter of {args.model}: it is held whole, beside it. To share one backbone, "
+                   "train the reward model with --lora-rank")
+            reward = RewardModel.from_pretrained(args.reward, dtype, device)
+            critic = RewardModel.sharing(reward)
+            adapt(critic, args)
+        adapt(policy, args)
+    nn.init.zeros_(critic.score.weight)                                     # at first the critic foresees nothing
+    reward.requires_grad_(False)
+    for model in (policy, reward, critic):
+        model.eval()                                                        # no dropout of an adapter made elsewhere
+    return Models(policy, reference, reward, critic)
+
+
+class Rollout(NamedTuple):
+    """One answered instruction, and what the four models said of it, before any of this step's updates."""
+    number: int
+    prompt: list
+    response: list
+    logp: torch.Tensor       # (n,), of its n tokens
+    ref_logp: torch.Tensor   # (n,)
+    values: torch.Tensor     # (n,), or (max_new_tokens,) in the released form
+    score: float
+
+
+def place(rows, width, device):
+    """rows of (prompt, response) -> tokens, targets and slots, all (B, T). Slots are the positions that count: those of
+    the targets or, if `width` is given (the released form), so many of each response, as if it had been padded."""
+    longer = [(x, y + [0] * (width - len(y))) for x, y in rows]             # y itself if width is 0
+    tokens, targets = collate(longer, device)
+    slots = targets != IGNORE
+    for b, (x, y) in enumerate(rows):
+        targets[b, len(x) - 1 + len(y):] = IGNORE
+    return tokens, targets, slots
+
+
+@torch.no_grad()
+def look_back(models, both, answered, args, device):
+    """Reads this rank's responses with all four models: [(number, prompt, response)] -> [Rollout]."""
+    found, width = [], args.max_new_tokens if args.released else 0
+    answered = sorted(answered, key=lambda a: -len(a[1]) - len(a[2]))       # like lengths side by side: less padding
+    for part in split(answered, args.micro_batch_size) if answered else []:
+        tokens, targets, slots = place([(x, y) for _, x, y in part], width, device)
+        logp, values = both(tokens, targets, slots, None, args.temperature)             # (N,), (slots,)
+        with lora_disabled(models.policy) if models.reference is None else contextlib.nullcontext():
+            ref_logp = (models.reference or models.policy)(tokens, targets, None, args.temperature)         # (N,)
+        scores = models.reward(*pad([x + y for _, x, y in part], device))   # (b,)
+        lengths = [len(y) for _, _, y in part]
+        said = zip(logp.cpu().split(lengths), ref_logp.cpu().split(lengths),
+                   values.cpu().split([width] * len(part) if width else lengths), scores.tolist())
+        found += [Rollout(*a, *s) for a, s in zip(part, said)]
+    return found
+
+
+def columns(rows, width):
+    """Tensors of unequal length -> (B, width), zeros behind each."""
+    return torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+
+def process(rollouts, beta, scale, args, eos, world):
+    """Scores -> advantages: what the update needs of all rollouts, as (B, T) tensors, and the step's statistics.
+
+    Ours: masked, scores in standard deviations of the SFT model's own. The released form: no mask, so padding counts in
+    every mean; KL clamped at 0; rewards whitened too; statistics of each process by itself."""
+    width = args.max_new_tokens if args.released else max(len(r.response) for r in rollouts)
+    lengths = torch.tensor([len(r.response) for r in rollouts])
+    real = (torch.arange(width) < lengths.unsqueeze(1)).float()             # (B, T), 1 on sampled tokens
+    mask = None if args.released else real
+    logp, ref_logp, values = (columns(x, width) for x in zip(*[(r.logp, r.ref_logp, r.values) for r in rollouts]))
+    raw = torch.tensor([r.score for r in rollouts])                         # (B,)
+
+    # 1. Scores in a unit that means the same for every reward model.
+    scores = raw if args.released else (raw - scale[0]) / scale[1]
+    # 2. An answer that was cut off is worth less: it has no EOS for the reward model to see.
+    ended = torch.tensor([r.response[-1] == eos for r in rollouts])
+    scores = scores - args.ending_penalty * ~ended
+    # 3. The price of straying, token by token; the score lands on the last token that was sampled.
+    kl = kl_estimate(logp, ref_logp, args.kl)
+    rewards = shape_rewards(scores, kl, lengths - 1, beta)
+    # 4. Advantages, with everything behind the last token 0. Released: whitened before and after, process by process.
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for part in [slice(r, None, world) for r in range(world)] if args.released else [slice(None)]:
+        own = None if mask is None else mask[part]
+        own_rewards = whiten(rewards[part], shift_mean=False) if args.released else rewards[part]
+        found, returns[part] = gae(own_rewards, values[part], args.gamma, args.lam)
+        advantages[part] = whiten(found, own)
+    k1, k3 = (kl_estimate(logp, ref_logp, kind) * real for kind in ("k1", "k3"))
+    return {"logp": logp, "values": values, "advantages": advantages, "returns": returns, "lengths": lengths}, {
+        "reward": raw.mean().item(), "kl": kl.sum(1).mean().item(), "kl_k1": k1.sum(1).mean().item(),
+        "kl_k3": k3.sum(1).mean().item(), "entropy": -masked_mean(logp, real).item(),
+        "ended": ended.float().mean().item(), "length": lengths.float().mean().item(),
+        "explained_variance": explained_variance(values, returns, mask).item()}
+
+
+def train_ppo(args, rank, world, device, out, dtype, start_time):
+    """PPO (arXiv 1707.06347) as AlpacaFarm ran it, with the differences that --released undoes."""
+    task = load_task(args, device)
+    for name in ("rollouts", "batch_size"):
+        if getattr(args, name) % world:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
+    batches = Batches([len(r["instruction"]) for r in task.records], args.rollouts, args.seed)
+
+    # --- models and optimizer
+    stop = StopSignal()
+    models = load_models(args, dtype, device)
+    model = PolicyAndCritic(models.policy, models.critic)
+    optimizer = make_optimizer(model, eps=1e-5)
+    state = {"step": 0, "beta": args.beta, "scale": [0.0, 1.0], "curve": "[]"}
+    if args.resume:
+        state = load_resume(out / "resume.pt", model, optimizer, vars(args))
+    elif rank == 0:
+        for old in ("resume.pt", "best.pt"):
+            (out / old).unlink(missing_ok=True)                             # of an earlier run
+    beta, scale, curve = state["beta"], state["scale"], json.loads(state["curve"])
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    metrics = open_metrics(out / "metrics.jsonl", state["step"], rank)
+    if task.judge and not curve:
+        out.mkdir(parents=True, exist_ok=True)
+        curve.append(validate(models.policy, models.reward, task, args, 0, rank, world))
+        keep_best(models.policy, out, curve, rank)
+
+    # --- loop
+    stopping = False
+    bar = tqdm(range(state["step"], args.steps), "ppo", initial=state["step"], total=args.steps, disable=rank > 0,
+               unit="step")
+    for step in bar:
+        # --- rollout: answers to new instructions, from the policy as it is now
+        clock = [time.time()]
+        asked = [task.records[i] for i in batches(step)]
+        answered = roll_out(models.policy, task, asked, args, step, rank, world)
+        clock.append(time.time())
+
+        # --- scoring, then advantages: every rank gets all rollouts, so that no figure depends on how many ranks there are
+        rollouts = sorted(gather_lists(look_back(models, model, answered, args, device)))
+        if step == 0:
+            scale = [torch.tensor([r.score for r in rollouts]).mean().item(),
+                     torch.tensor([r.score for r in rollouts]).std().item() + 1e-8]
+        data, stats = process(rollouts, beta, scale, args, task.tokenizer.eos, world)
+        clock.append(time.time())
+
+        # --- update: K epochs over the rollouts
+        lr = lr_linear(step, args.lr, args.warmup, args.steps)
+        width = data["logp"].shape[1]
+        sums, updates = torch.zeros(7, dtype=torch.float64), 0
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(args.seed * 10**6 + step * 100 + epoch))
+            for batch in order.split(args.batch_size):
+                count = len(batch) * width if args.released else data["lengths"][batch].sum().item()
+                mine = sorted(batch.tolist()[rank::world], key=lambda i: -len(rollouts[i].prompt + rollouts[i].response))
+                micro = split(mine or batch.tolist()[:1], args.micro_batch_size)
+                loss_sum = 0.0
+                for i, part in enumerate(micro):
+                    wrapped.require_backward_grad_sync = i == len(micro) - 1
+                    tokens, targets, slots = place([(rollouts[j].prompt, rollouts[j].response) for j in part],
+                                                   width if args.released else 0, device)
+                    real = (torch.arange(width) < data["lengths"][part].unsqueeze(1))               # (b, T)
+                    old_logp, advantages = (data[k][part][real].to(device) for k in ("logp", "advantages"))       # (N,)
+                    seen = torch.ones_like(real) if args.released else real
+                    old_values, returns = (data[k][part][seen].to(device) for k in ("values", "returns"))   # (slots,)
+
+                    def token_loss(logp, s):                                # logp (1, n), of the tokens s of the N
+                        return ppo_policy_loss(logp[0], old_logp[s], advantages[s], args.ratio_clip)
+
+                    (policy_loss, logp), values = wrapped(tokens, targets, slots, token_loss, args.temperature)
+                    value_losses = ppo_value_loss(values, old_values, returns, args.value_clip)     # (slots,)
+                    loss = (policy_loss + args.value_coef * value_losses.sum()) * bool(mine) / count
+                    (loss * world).backward()                               # DDP averages over ranks: hence * world
+                    loss_sum += loss.item()
+                    with torch.no_grad():
+                        ratio = (logp[0] - old_logp).exp()
+                        moved = (ratio - 1).abs() > args.ratio_clip
+                        sums += torch.stack([torch.ones_like(ratio).sum(), policy_loss, moved.sum(),
+                                             kl_estimate(old_logp, logp[0], "k3").sum(), torch.ones_like(values).sum(),
+                                             value_losses.sum(), ((values - old_values).abs() > args.value_clip).sum()
+                                             ]).double().cpu() * bool(mine)
+                loss_sum, stopping = all_sum([loss_sum, stop.requested], device)
+                if not math.isfinite(loss_sum):
+                    raise FloatingPointError(f"step {step}: the loss is {loss_sum}")
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                updates += 1
+        clock.append(time.time())
+
+        # --- report, measure and save
+        tokens, policy_loss, clipped, drift, slots, value_loss, value_clipped = all_sum(sums.tolist(), device)
+        rollout_time, scoring_time, update_time = (b - a for a, b in zip(clock, clock[1:]))
+        metrics({"step": step, **stats, "beta": beta, "lr": lr, "policy_loss": policy_loss / tokens,
+                 "value_loss": value_loss / slots, "clip_fraction": clipped / tokens, "drift": drift / tokens,
+                 "value_clip_fraction": value_clipped / slots, "grad_norm": norm.item(), "updates": updates,
+                 "tokens": int(data["lengths"].sum()), "seconds_rollout": rollout_time,
+                 "seconds_scoring": scoring_time, "seconds_update": update_time})
+        if args.target_kl:
+            beta = next_beta(beta, stats["kl"], args.target_kl)
+        if task.judge and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            curve.append(validate(models.policy, models.reward, task, args, step + 1, rank, world))
+            keep_best(models.policy, out, curve, rank)
+            if rank == 0:                                                   # look at what it says, not only at figures
+                write_json_lines(out / "samples.jsonl", [
+                    {"step": step, "instruction": asked[r.number]["instruction"], "score": r.score,
+                     "output": task.tokenizer.decode_response(r.response)} for r in rollouts[:20]])
+        bar.set_postfix(reward=f"{stats['reward']:.2f}", kl=f"{stats['kl']:.2f}",
+                        judge=f"{curve[-1]['judge']:.3f}" if curve else "none")
+        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "beta": beta, "scale": scale,
+                                                              "curve": json.dumps(curve), "run": vars(args)}, rank)
+        if stopping:
+            print0(f"stopped: go on with --resume; {out}, {time.time() - start_time:.0f} s")
+            return 130
+    return finish(models.policy, task, curve, args, out, device, rank, world, start_time)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quark
+
+
+def train_quark(args, rank, world, device, out, dtype, start_time):
+    """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sort the rollouts by reward into quantiles; train on all, each
+    after the control token of its quantile, and ask for the best (--quantiles all), or on the best quarter without
+    control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the released code
+    dropped it, and with it the model's way to end)."""
+    task = load_task(args, device)
+    for name in ("rollouts", "batch_size"):
+        if getattr(args, name) % world:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
+    if args.rollouts < args.count:
+        raise InputError(f"--rollouts {args.rollouts} is less than the {args.count} quantiles (--count)")
+    batches = Batches([len(r["instruction"]) for r in task.records], args.rollouts, args.seed)
+    token = 0 if args.quantiles == "all" else None                          # what the policy is asked with
+
+    # --- models and optimizer
+    stop = StopSignal()
+    model = LLaMA.from_pretrained(args.model, dtype, device)
+    reward = RewardModel.from_pretrained(args.reward, dtype, device).requires_grad_(False)
+    reference = None if args.lora_rank else copy.deepcopy(model).requires_grad_(False)
+    adapt(model, args)
+    model.eval()
+    optimizer = make_optimizer(model, eps=1e-5)
+    state = {"step": 0, "curve": "[]"}
+    if args.resume:
+        state = load_resume(out / "resume.pt", model, optimizer, vars(args))
+    elif rank == 0:
+        for old in ("resume.pt", "best.pt"):
+            (out / old).unlink(missing_ok=True)                             # of an earlier run
+    curve = json.loads(state["curve"])
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    metrics = open_metrics(out / "metrics.jsonl", state["step"], rank)
+    if task.judge and not curve:
+        out.mkdir(parents=True, exist_ok=True)
+        curve.append(validate(model, reward, task, args, 0, rank, world))
+        keep_best(model, out, curve, rank)
+
+    # --- loop
+    stopping = False
+    bar = tqdm(range(state["step"], args.steps), "quark", initial=state["step"], total=args.steps, disable=rank > 0,
+               unit="step")
+    for step in bar:
+        # --- rollout: asked for the best, once the control tokens mean something
+        clock = [time.time()]
+        asked = [task.records[i] for i in batches(step)]
+        if token is not None and step > 0:
+            asked = [{**r, "reward_token": token} for r in asked]
+        answered = sorted(gather_lists(roll_out(model, task, asked, args, step, rank, world)))
+        clock.append(time.time())
+
+        # --- scoring: the reward model reads the plain prompt; then quantiles of all ranks' rollouts
+        plain = [prompt_ids(task.tokenizer, task.records[i], args.format) for i in batches(step)]
+        scores = torch.tensor(score(reward, [x + y for x, (_, _, y) in zip(plain, answered)], rank=rank, world=world))
+        scores -= args.ending_penalty * torch.tensor([y[-1] != task.tokenizer.eos for _, _, y in answered])
+        rows = []                                                           # (prompt to train on, plain prompt, response)
+        for k, group in enumerate(quantiles(scores, args.count)[:None if args.quantiles == "all" else 1]):
+            for i in group:
+                told = {**task.records[batches(step)[i]], "reward_token": k if args.quantiles == "all" else None}
+                rows.append((prompt_ids(task.tokenizer, told, args.format), plain[i], answered[i][2]))
+        clock.append(time.time())
+
+        # --- update
+        lr = lr_linear(step, args.lr, args.warmup, args.steps)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed * 10**6 + step * 100 + epoch))
+            for batch in order.split(args.batch_size):
+                count = sum(len(rows[i][2]) for i in batch)
+                mine = sorted(batch.tolist()[rank::world], key=lambda i: -len(rows[i][1]) - len(rows[i][2]))
+                micro = split(mine or batch.tolist()[:1], args.micro_batch_size)
+                loss_sum = 0.0
+                for i, part in enumerate(micro):
+                    wrapped.require_backward_grad_sync = i == len(micro) - 1
+                    tokens, targets = collate([(rows[j][0], rows[j][2]) for j in part], device)
+                    ref_tokens, ref_targets = collate([(rows[j][1], rows[j][2]) for j in part], device)
+                    with torch.no_grad(), lora_disabled(model) if reference is None else contextlib.nullcontext():
+                        other = reference or model
+                        hidden = other.model(ref_tokens)[ref_targets != IGNORE] / args.temperature  # (N, D)
+                    logp, kl, entropy = wrapped(tokens, targets, None, args.temperature,
+                                                (hidden, other.lm_head.weight.detach()))            # three (N,)
+                    losses = quark_token_loss(logp, kl, entropy, args.kl_coef, args.entropy_coef)
+                    loss = losses.sum() * bool(mine) / count
+                    (loss * world).backward()
+                    loss_sum += loss.item()
+                    sums += torch.stack([torch.ones_like(logp).sum(), -logp.sum(), kl.sum(), entropy.sum()]
+                                        ).detach().double().cpu() * bool(mine)
+                loss_sum, stopping = all_sum([loss_sum, stop.requested], device)
+                if not math.isfinite(loss_sum):
+                    raise FloatingPointError(f"step {step}: the loss is {loss_sum}")
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        clock.append(time.time())
+
+        # --- report, measure and save
+        count, nll, kl, entropy = all_sum(sums.tolist(), device)
+        rollout_time, scoring_time, update_time = (b - a for a, b in zip(clock, clock[1:]))
+        metrics({"step": step, "reward": scores.mean().item(), "nll": nll / count, "kl": kl / count,
+                 "entropy": entropy / count, "lr": lr, "grad_norm": norm.item(),
+                 "ended": sum(y[-1] == task.tokenizer.eos for _, _, y in answered) / len(answered),
+                 "length": sum(len(y) for _, _, y in answered) / len(answered), "seconds_rollout": rollout_time,
+                 "seconds_scoring": scoring_time, "seconds_update": update_time})
+        if task.judge and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            curve.append(validate(model, reward, task, args, step + 1, rank, world, token))
+            keep_best(model, out, curve, rank)
+        bar.set_postfix(reward=f"{scores.mean().item():.2f}", judge=f"{curve[-1]['judge']:.3f}" if curve else "none")
+        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save_resume(out / "resume.pt", model, optimizer,
+                        {"step": step + 1, "curve": json.dumps(curve), "run": vars(args)}, rank)
+        if stopping:
+            print0(f"stopped: go on with --resume; {out}, {time.time() - start_time:.0f} s")
+            return 130
+    return finish(model, task, curve, args, out, device, rank, world, start_time, token)
+
+
+STAGES = {"reward": train_reward, "dpo": train_dpo, "ppo": train_ppo, "quark": train_quark}
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.stage == "both":
+        common = ["--seed", str(args.seed), "--noise", str(args.noise), "--device", args.device]
+        return main(["reward", *common]) or main(["ppo", *common])
 
     # --- set-up (this block is the same in the three train scripts)
     rank, world, device = setup_distributed(args.device)
@@ -125,87 +883,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     start_time = time.time()
 
-    # --- data, before the model where it can be: mistakes surface early
-    if args.data:
-        if not args.model:
-            raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
-        tokenizer = Tokenizer.from_pretrained(args.model)
-        records = read_preferences(args.data)
-    else:
-        args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
-        tokenizer = Tokenizer.from_pretrained(args.model)
-    policy = LLaMA.from_pretrained(args.model, dtype, device)
-    if not args.data:
-        the_world = World(args.seed)
-        records = world_preferences(policy, tokenizer, the_world.instructions("train", 10000, "preferences"), args,
-                                    rank, world)
-    pairs = encode_pairs(tokenizer, records, args.format, args.max_length)
-    if not 0 < args.held_out < len(pairs):
-        raise InputError(f"--held-out {args.held_out} of {len(pairs)} pairs: some must be left to train on")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(42)).tolist()
-    held_out, train = ([pairs[i] for i in part] for part in (order[:args.held_out], order[args.held_out:]))
-    batches = Batches([len(b) + len(w) for b, w in train], args.batch_size, args.seed)
-    if args.steps < 0:
-        args.steps = batches.per_epoch
-
-    # --- model and optimizer
-    stop = StopSignal()
-    model = RewardModel.from_policy(policy).to(device)
-    del policy
-    optimizer = make_optimizer(model)
-    start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
-    if rank == 0 and not args.resume:
-        (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    metrics = open_metrics(out / "metrics.jsonl", start, rank)
-
-    # --- loop
-    stopping = False
-    bar = tqdm(range(start, args.steps), desc="reward", initial=start, total=args.steps, disable=rank > 0, unit="step")
-    for step in bar:
-        step_time = time.time()
-        batch = batches(step)                                               # the whole step's pairs, on every rank
-        mine = batch[rank::world]
-        rows = [train[i] for i in mine or batch[:1]]
-        micro = split(rows, args.micro_batch_size)
-        loss_sum, right = 0.0, 0
-        for i, part in enumerate(micro):
-            wrapped.require_backward_grad_sync = i == len(micro) - 1
-            rewards = wrapped(*pad([b for b, _ in part] + [w for _, w in part], device))    # (2 b,), better ones first
-            better, worse = rewards.chunk(2)                                # (b,), (b,)
-            loss = reward_loss(better, worse) * len(part) * bool(mine)      # summed over the part's pairs
-            (loss * world / len(batch)).backward()
-            loss_sum, right = loss_sum + loss.item(), right + (better > worse).sum().item() * bool(mine)
-        loss_sum, right, stopping = all_sum([loss_sum, right, stop.requested], device)
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(f"step {step}: the loss is {loss_sum}; pairs {batch}")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        lr = lr_at(step, args.lr, math.ceil(args.warmup * args.steps), args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        # --- log and save
-        metrics({"step": step, "loss": loss_sum / len(batch), "accuracy": right / len(batch), "lr": lr,
-                 "grad_norm": norm.item(), "seconds": time.time() - step_time})
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss_sum / len(batch):.3f}")
-        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
-        if stopping:
-            break
-
-    # --- save and measure
-    if rank == 0:
-        model.save_pretrained(out, tokenizer, extra={"prompt_format": args.format, "run": vars(args)})
-    share, se = accuracy(model, held_out, device, rank, world)
-    if rank == 0:
-        write_json(out / "results.json", {"accuracy": share, "accuracy_se": se, "held_out": len(held_out),
-                                          "trained_on": len(train), "seconds": time.time() - start_time})
-    print0(f"accuracy on {len(held_out)} held-out pairs {share:.3f} +- {se:.3f}, trained on {len(train)}")
-    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
-    return 130 if stopping else 0
+    # --- the stage, a function with its whole loop in it
+    return STAGES[args.stage](args, rank, world, device, out, dtype, start_time)
 
 
 if __name__ == "__main__":

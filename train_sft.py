@@ -18,13 +18,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_demonstrations,
-                  read_judge_training, split, world_tokenizer)
+from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encode, read_conditioning,
+                  read_demonstrations, read_feedme, read_forward, read_judge_training, read_judged, split,
+                  world_tokenizer, write_json_lines)
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
                    all_sum, launch, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
                    save_resume, setup_distributed, within)
-from simulate import JUDGES
+from simulate import JUDGES, ask_simulated, count_errors, pair_up, prefer, respond, simulated_pool
 
 # What a flag that was not given means: (with --data, in the built-in world).
 DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
@@ -32,7 +33,8 @@ DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e
             "lora_rank": (0, 0)}
 
 # How --data becomes demonstrations. `judge` trains a judge on judged responses; see data.py for each.
-RECIPES = {"demonstrations": read_demonstrations, "judge": read_judge_training}
+RECIPES = {"demonstrations": read_demonstrations, "feedme": read_feedme, "conditioning": read_conditioning,
+           "forward": read_forward, "hindsight": read_judged, "judge": read_judge_training}
 
 
 def parse(argv):
@@ -85,6 +87,31 @@ def built_in(seed, judge, device=""):
         if main([*argv, "--device", device, *half]):
             raise SystemExit(130)                                           # stopped by the user: starting anew goes on
     return wanted["out"]
+
+
+def built_in_preferences(seed, noise, device):
+    """The file of the built-in world's preferences: of four answers of the SFT model to each of 20,000 instructions,
+    two different ones, unless they have equally many errors (a tie). The one with fewer is preferred, except that
+    2 * noise of the labels are coins: AlpacaFarm's noise, which flips 25 % of them."""
+    model = Path(built_in(seed, "corrects", str(device)))
+    path = Path(f"out/world-{seed}", f"preferences-{noise}.jsonl")
+    if path.is_file() and path.stat().st_mtime > (model / "config.json").stat().st_mtime:
+        return path
+    rank, world, device = setup_distributed(str(device))
+    tokenizer, policy = Tokenizer.from_pretrained(model), LLaMA.from_pretrained(model, device=device)
+    records = World(seed).instructions("train", 20000, "preferences")
+    texts = respond(policy, tokenizer, records, "short", max_new_tokens=32, temperature=1.0, seed=seed, n=4, rank=rank,
+                    world=world, label="sampling pairs")
+    keep = ("id", "instruction", "input", "reference")
+    pairs = pair_up([{**{k: r[k] for k in keep}, "output": [y for y in ys if y.strip()]}
+                     for r, ys in zip(records, texts)], seed)
+    pairs = [r for r in pairs if len({count_errors(r[k], r["reference"]) for k in ("output_1", "output_2")}) > 1]
+    labelled, _ = prefer(pairs, simulated_pool(accuracy=1.0), ask_simulated(seed), noise, seed)
+    if rank == 0:
+        write_json_lines(path, labelled)
+    all_sum([0], device)                                                    # the others wait until the file is there
+    print0(f"{path}: {len(labelled)} pairs of different answers to {len(records)} instructions")
+    return path
 
 
 def main(argv=None):

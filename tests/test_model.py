@@ -470,7 +470,7 @@ def test_cut_in_one_forward_is_cut_of_single_sequences(padding):
 def test_reward_reads_the_last_real_token(tmp_path):
     """A reward read at the padding, or off by one; a backbone shared with the policy; a save that loses the head."""
     policy = ours(torch.float32)
-    reward = RewardModel.from_policy(policy)
+    reward = RewardModel.sharing(policy)
     assert torch.equal(reward.model.norm.weight, policy.model.norm.weight)
     assert reward.model.norm.weight is not policy.model.norm.weight
     randomize(reward, 3)
