@@ -1,23 +1,26 @@
-"""How good responses are: exact match, errors, win rate; and what CUT's detector finds.
+"""How good responses are: exact match, errors, win rate; what CUT's detector finds; over-optimization.
 
   python evaluate.py --model out/cut-0                                  a model on the built-in world's test split
   python evaluate.py --model out/cut-0 --against out/sft-0-corrects     and its win rate against another
   python evaluate.py compare --seeds 3 4 5                              every method beside CUT, as in the README
+  python evaluate.py farm --seeds 3 4 5                                 AlpacaFarm's methods beside each other, likewise
   python evaluate.py meter --data preferences.jsonl --labels truth.jsonl    agreement, variance and biases of a judge
+  python evaluate.py score --reward out/reward-0 --data outputs.jsonl       a reward model's score of any outputs
 """
 import argparse
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from data import InputError, Tokenizer, World, collate, read_preferences
-from model import LLaMA, launch, print0, read_config, setup_distributed
-from simulate import JUDGES, count_errors, mean_and_se, respond, wrong_words
+from data import FORMATS, InputError, Tokenizer, World, collate, read_outputs, read_preferences, write_json_lines
+from model import DTYPES, LLaMA, launch, print0, read_config, setup_distributed, write_json
+from simulate import JUDGES, conditioned, count_errors, mean_and_se, respond, score_texts, wrong_words
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
 
@@ -179,6 +182,58 @@ def meter(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Over-optimization: what n, or more steps, do to the reward that is optimized (proxy) and to the truth (gold)
+
+
+def best_of_n(proxy, gold, n):
+    """What best-of-n gives, estimated without bias from N >= n samples of one instruction: their scores by the reward
+    model that chooses and by the truth -> (expected proxy, expected gold) of the chosen one.
+
+    The sample of rank i by proxy (from 1, the worst) is the best of n drawn ones in C(i-1, n-1) of C(N, n) cases."""
+    order, total = sorted(range(len(proxy)), key=lambda i: proxy[i]), math.comb(len(proxy), n)
+    weights = [math.comb(rank, n - 1) / total for rank in range(len(order))]
+    return tuple(sum(w * values[i] for w, i in zip(weights, order)) for values in (proxy, gold))
+
+
+def best_of_n_kl(n):
+    """KL of best-of-n from the sampled model, in nats: ln n - (n - 1) / n."""
+    return math.log(n) - (n - 1) / n
+
+
+def plot(path, panels):
+    """Writes an SVG with panels side by side, two in a row. A panel is (title, label of x, {name: (xs, means, standard
+    errors)}); the error bars are one standard error to either side."""
+    width, height, left, top, colors = 430, 300, 60, 40, ("#0b62a4", "#d95f02", "#2e8b57", "#7a3e9d")
+    parts, rows = [], -(-len(panels) // 2)
+    for k, (title, label, lines) in enumerate(panels):
+        x0, y0, w, h = k % 2 * width + left, k // 2 * height + top, width - left - 20, height - top - 50
+        xs = [x for line in lines.values() for x in line[0]]
+        lows = [m - e for line in lines.values() for m, e in zip(*line[1:])]
+        highs = [m + e for line in lines.values() for m, e in zip(*line[1:])]
+        low, high = min(lows), max(max(highs), min(lows) + 1e-9)
+        at_x = lambda x: x0 + w * (x - min(xs)) / (max(xs) - min(xs) or 1)
+        at_y = lambda y: y0 + h * (high - y) / (high - low)
+        parts += [f'<text x="{x0}" y="{y0 - 12}" font-weight="bold">{title}</text>',
+                  f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#999"/>',
+                  f'<text x="{x0 + w / 2}" y="{y0 + h + 34}" text-anchor="middle">{label}</text>']
+        for i in range(5):
+            x, y = min(xs) + (max(xs) - min(xs)) * i / 4, low + (high - low) * i / 4
+            parts += [f'<text x="{at_x(x):.0f}" y="{y0 + h + 16}" text-anchor="middle" fill="#555">{x:.4g}</text>',
+                      f'<text x="{x0 - 6}" y="{at_y(y) + 4:.0f}" text-anchor="end" fill="#555">{y:.2f}</text>']
+        for color, (row, (name, (xs_, means, errors))) in zip(colors, enumerate(lines.items())):
+            points = [(at_x(x), at_y(m), at_y(m - e), at_y(m + e)) for x, m, e in zip(xs_, means, errors)]
+            parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="'
+                         + " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points) + '"/>')
+            parts += [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{a:.1f}" y2="{b:.1f}" stroke="{color}"/>'
+                      for x, _, a, b in points]
+            parts.append(f'<text x="{x0 + 8}" y="{y0 + h - 8 - 15 * row}" fill="{color}">{name}</text>')
+    size = f'width="{2 * width}" height="{rows * height}"'
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
+                          f'<rect {size} fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The commands
 
 # name in the table: the flags that make train_cut.py that method. All take the same number of updates of the same size,
@@ -231,6 +286,143 @@ def compare(args):
     return 0
 
 
+# AlpacaFarm's methods: the commands that make each from the SFT model {sft}, at equal pairs ({pairs}, and the reward
+# model {reward} trained on them). Each learning rate is the best of three on world seeds 100 and 101, validation split.
+_SFT = "train_sft.py --model {sft} --format short --batch-size 32 --epochs 2"
+FARM = {
+    "binary reward conditioning": f"{_SFT} --recipe conditioning --data {{pairs}} --lr 1e-3",
+    "binary FeedME": f"{_SFT} --recipe feedme --data {{pairs}} --lr 3e-4",
+    "expert iteration": f"{_SFT} --data {{winners}} --lr 3e-4",
+    "Quark, all quantiles": "train_ppo.py quark --quantiles all --reward {reward} --lr 3e-4",
+    "Quark, best quantile": "train_ppo.py quark --quantiles best --reward {reward} --lr 3e-4",
+    "PPO": "train_ppo.py ppo --reward {reward} --lr 3e-4",
+    "PPO, released arithmetic": "train_ppo.py ppo --released --reward {reward} --lr 3e-4",
+    "DPO": "train_ppo.py dpo --lr 3e-4",
+}
+SAMPLES, UNLABELED = 64, 2000        # answers to each test instruction; instructions that expert iteration answers
+
+
+def run_once(out, finished, seed, command):
+    """Runs `command --seed SEED --out OUT` unless the file OUT/finished is there; returns OUT."""
+    script, *flags = command.split()
+    if not Path(out, finished).is_file():
+        print(f"seed {seed}: {command}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags, "--seed", str(seed), "--out",
+                        str(out)], check=True, stdout=subprocess.DEVNULL)
+    return str(out)
+
+
+def sample_scores(sft, rewards, records, path):
+    """SAMPLES answers of the SFT model at temperature 1 to each record: {"errors": lists of their errors, and for each
+    of `rewards` ({name: directory}) lists of its scores}. Kept in `path`."""
+    if not path.is_file():
+        tokenizer = Tokenizer.from_pretrained(sft)
+        texts = respond(LLaMA.from_pretrained(sft), tokenizer, records, "short", max_new_tokens=MAX_NEW_TOKENS,
+                        temperature=1.0, seed=1, n=SAMPLES, label="sampling")
+        found = {"errors": [[count_errors(t, r["reference"]) for t in ys] for ys, r in zip(texts, records)]}
+        write_json(path, {**found, **{k: score_texts(d, records, texts, "short") for k, d in rewards.items()}})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def farm_seed(seed, args):
+    """Runs everything of one seed (finished runs are kept). Returns {row of the table: (exact match, win rate against
+    the SFT model, win rate's standard error over instructions)}, and what there is to plot: {name: [(x, value)]}."""
+    import train_ppo                                                        # these two import this file
+    import train_sft
+    folder = Path(args.out, "farm", str(seed))
+    sft, reward = train_sft.built_in(seed, "corrects"), train_ppo.built_in_reward(seed, 0.25)
+    noise_free = run_once(folder / "reward-noise-free", "config.json", seed, "train_ppo.py reward --noise 0")
+    asked, winners = folder / "unlabeled.jsonl", folder / "winners.jsonl"
+    if not winners.is_file():
+        write_json_lines(asked, [{k: r[k] for k in ("id", "instruction", "input")}
+                                 for r in World(seed).instructions("train", UNLABELED, "unlabeled")])
+        run_once(winners, "", seed, f"simulate.py sample --model {sft} --data {asked} --best-of 16 --reward {reward} "
+                 f"--temperature 1 --max-new-tokens {MAX_NEW_TOKENS}")
+    places = {"sft": sft, "reward": reward, "winners": winners,
+              "pairs": train_sft.built_in_preferences(seed, 0.25, "cpu")}
+    runs = {name: run_once(folder / re.sub(r"\W+", "-", name), "config.json", seed, command.format(**places))
+            for name, command in FARM.items()}
+    free = run_once(folder / "PPO-noise-free", "config.json", seed,
+                    FARM["PPO"].format(**{**places, "reward": noise_free}))
+
+    records = World(seed).instructions(args.split, 800)
+    tokenizer, errors = Tokenizer.from_pretrained(sft), {}
+    for name, directory in {"SFT": sft, **runs}.items():
+        _, errors[name] = answer_errors(LLaMA.from_pretrained(directory), tokenizer, conditioned(directory, records),
+                                        "short")
+    rows = {name: (exact_match(found), *win_rate(found, errors["SFT"])) for name, found in errors.items()}
+
+    sampled = sample_scores(sft, {"noise 0.25": reward, "no noise": noise_free}, records,
+                            folder / f"samples-{args.split}.json")
+    right = [[float(e == 0) for e in mine] for mine in sampled["errors"]]
+    wins = [[0.5 * (1 + (e < base) - (e > base)) for e in mine] for mine, base in zip(sampled["errors"], errors["SFT"])]
+
+    def best_of(n, proxy):
+        """(exact match, win rate, its standard error), and the mean proxy, of the best of n by `proxy`."""
+        best, exact = zip(*[best_of_n(p, g, n) for p, g in zip(proxy, right)])
+        won = [best_of_n(p, w, n)[1] for p, w in zip(proxy, wins)]
+        return (sum(exact) / len(exact), *mean_and_se(won)), sum(best) / len(best)
+
+    rows["one sample at T = 1"] = best_of(1, sampled["noise 0.25"])[0]
+    rows["best of 16"] = best_of(16, sampled["noise 0.25"])[0]
+    rows["best of 16, oracle"] = best_of(16, [[-e for e in mine] for mine in sampled["errors"]])[0]
+    lines = {}
+    for noise, run in (("noise 0.25", runs["PPO"]), ("no noise", free)):
+        flat = [x for mine in sampled[noise] for x in mine]                 # proxies in standard deviations of SFT's
+        mean, deviation = sum(flat) / len(flat), statistics.pstdev(flat)
+        for n in (2 ** k for k in range(7)):
+            (exact, _, _), proxy = best_of(n, sampled[noise])
+            lines.setdefault(("best of n", "proxy", noise), []).append((best_of_n_kl(n), (proxy - mean) / deviation))
+            lines.setdefault(("best of n", "truth", noise), []).append((best_of_n_kl(n), exact))
+        for c in json.loads(Path(run, "results.json").read_text(encoding="utf-8"))["curve"]:
+            lines.setdefault(("PPO", "proxy", noise), []).append((c["step"], (c["proxy"] - mean) / deviation))
+            lines.setdefault(("PPO", "truth", noise), []).append((c["step"], c["judge"]))
+    return rows, lines, json.loads(Path(reward, "results.json").read_text(encoding="utf-8"))
+
+
+def farm(args):
+    """Prints the table of AlpacaFarm's methods, and with --plot draws over-optimization."""
+    found = [farm_seed(seed, args) for seed in args.seeds]
+    for seed, (_, _, r) in zip(args.seeds, found):
+        print(f"seed {seed}: reward model of {r['trained_on']} pairs: {r['accuracy']:.3f} of the held-out labels, of "
+              f"which the noise leaves {r['ceiling']:.3f} right (ratio {r['accuracy'] / r['ceiling']:.2f}); against the "
+              f"truth {r['truth']:.3f} +- {r['truth_se']:.3f}")
+    closed = [(r["best of 16"][0] - r["one sample at T = 1"][0])
+              / (r["best of 16, oracle"][0] - r["one sample at T = 1"][0]) for r, _, _ in found]
+    print("best of 16 closes {:.2f} +- {:.2f} of the gap from one sample to the oracle's".format(*mean_and_se(closed)))
+    print(f"| {args.split} split | {' | '.join(f'seed {s}' for s in args.seeds)} | gap closed | win rate against SFT |")
+    print("|---" * (len(args.seeds) + 3) + "|")
+    rows = {name: [r[name] for r, _, _ in found] for name in found[0][0]}
+    for name, cells in sorted(rows.items(), key=lambda row: sum(c[0] for c in row[1])):
+        gaps = [(c[0] - base[0]) / (1 - base[0]) for c, base in zip(cells, rows["SFT"])]
+        print("| {} | {} | {:.2f} +- {:.2f} | {:.3f} +- {:.3f} |".format(
+            name, " | ".join(f"{c[0]:.3f}" for c in cells), *mean_and_se(gaps), *mean_and_se([c[1] for c in cells])))
+    if args.plot:
+        panels = {}
+        for key in found[0][1]:
+            method, what, noise = key
+            xs = [x for x, _ in found[0][1][key]]
+            values = [mean_and_se(column) for column in zip(*[[v for _, v in lines[key]] for _, lines, _ in found])]
+            title = f"{method}: {'reward model, SFT deviations' if what == 'proxy' else 'truth, exact match'}"
+            label = "KL of best of n, ln n - (n - 1) / n, for n = 1 to 64" if method == "best of n" else "step"
+            panels.setdefault((title, label), {})[noise] = (xs, *zip(*values))
+        plot(args.plot, [(*key, lines) for key, lines in panels.items()])
+        print(f"{args.plot}: means over {len(args.seeds)} seeds, bars of one standard error")
+    return 0
+
+
+def score_outputs(args):
+    """Prints the mean score that a reward model gives to the outputs of a file; with --out, writes each."""
+    rank, world, device = setup_distributed(args.device)
+    records = read_outputs(args.data[0])
+    scores = [s for s, in score_texts(args.reward, records, [[r["output"]] for r in records], args.format, args.dtype,
+                                      device, rank=rank, world=world)]
+    print0("{}: {} outputs, reward {:.3f} +- {:.3f}".format(args.data[0], len(records), *mean_and_se(scores)))
+    if rank == 0 and args.out:
+        write_json_lines(args.out, [{**r, "reward": s} for r, s in zip(records, scores)])
+    return 0
+
+
 def evaluate_world(args):
     """Exact match and errors of a model on the built-in world; with --against, its win rate."""
     rank, world, device = setup_distributed(args.device)
@@ -239,7 +431,7 @@ def evaluate_world(args):
         tokenizer = Tokenizer.from_pretrained(directory)
         _, raw = read_config(directory, quiet=True)
         seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
-        records = World(seed).instructions(args.split, 800)
+        records = conditioned(directory, World(seed).instructions(args.split, 800))
         model = LLaMA.from_pretrained(directory, device=device)
         _, errors = answer_errors(model, tokenizer, records, raw.get("prompt_format", "short"), rank, world)
         exact, se = mean_and_se([float(e == 0) for e in errors])
@@ -254,20 +446,29 @@ def evaluate_world(args):
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", choices=("world", "compare", "meter"), default="world", help="default: world")
-    p.add_argument("--data", nargs="+", help="meter: preference files of one annotator (several: repeated labels)")
+    p.add_argument("command", nargs="?", choices=("world", "compare", "farm", "meter", "score"), default="world",
+                   help="default: world")
+    p.add_argument("--data", nargs="+", help="meter: preference files of one annotator (several: repeated labels); "
+                   "score: a file of outputs")
+    p.add_argument("--reward", help="score: reward model's directory")
+    p.add_argument("--format", choices=FORMATS, help="score: its prompt format (default: what its config.json records)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="score: of weights and arithmetic")
+    p.add_argument("--plot", help="farm: draw over-optimization into this SVG")
     p.add_argument("--labels", help="meter: preferences to compare with, of people or the truth")
     p.add_argument("--model", help="model directory")
     p.add_argument("--against", help="a second one, for a win rate (fewer errors wins, ties count half)")
     p.add_argument("--seed", type=int, help="seed of the world (default: the one that the model was trained in)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="compare: world and model seeds")
+    p.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5], help="compare, farm: world and model seeds")
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="compare: what the judge says")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="of the world's instructions")
-    p.add_argument("--out", default="out/compare", help="compare: folder of the runs")
+    p.add_argument("--out", default="", help="compare, farm: folder of the runs (default: out/compare); score: file")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     args = p.parse_args(argv)
+    args.out = args.out or ("" if args.command == "score" else "out/compare")
+    if args.command == "score" and not (args.reward and args.data):
+        raise InputError("score needs --reward DIR and --data FILE")
     if args.command == "world" and not args.model:
-        raise InputError("give --model DIR, or one of the commands compare and meter")
+        raise InputError("give --model DIR, or one of the commands compare, farm, meter and score")
     if args.command == "meter" and not args.data:
         raise InputError("meter needs --data, one or more files of preferences")
     return args
@@ -275,7 +476,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    return {"world": evaluate_world, "compare": compare, "meter": meter}[args.command](args)
+    return {"world": evaluate_world, "compare": compare, "farm": farm, "meter": meter,
+            "score": score_outputs}[args.command](args)
 
 
 if __name__ == "__main__":

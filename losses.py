@@ -313,9 +313,9 @@ def gae(rewards, values, gamma, lam):
 
 
 def ppo_policy_loss(logp, old_logp, advantages, clip):
-    """PPO's clipped loss of each token: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logp - old_logp).
-
-    Elementwise. No gradient where the ratio has already left the interval in the direction that A rewards."""
+    """PPO's clipped loss of each token: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio =
+    exp(logp - old_logp). Elementwise. No gradient where the ratio has already left the interval in the direction that A
+    rewards."""
     ratio = torch.exp(logp - old_logp)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
@@ -354,8 +354,8 @@ def quantiles(rewards, count):
 
 def full_vocabulary(hidden, weight, ref_hidden, ref_weight, targets, tile=256):
     """log p(target), KL(p || p_ref) and entropy of p at each of N tokens: hidden, ref_hidden (N, D), weight, ref_weight
-    (V, D), targets (N,) -> three (N,), with gradient through hidden and weight. The KL and the entropy are sums over the
-    whole vocabulary, so logits are needed in full: they are made a tile at a time, and again in the backward pass."""
+    (V, D), targets (N,) -> three (N,), with gradient through hidden and weight. KL and entropy are sums over the whole
+    vocabulary, so logits are needed in full: they are made a tile at a time, and again in the backward pass."""
     def one(h, w, rh, targets):
         logp = torch.log_softmax(_full_precision(h) @ _full_precision(w).T, dim=-1)         # (n, V)
         ref = torch.log_softmax(_full_precision(rh) @ _full_precision(ref_weight).T, dim=-1)

@@ -773,15 +773,20 @@ def sample(args):
     return finish(args, done, failed, client, empty=empty)
 
 
+def check_by(args):
+    """--by api needs an API, --by model a model; both may be given: --by decides."""
+    if not (args.api if args.by == "api" else args.model):
+        needs = "--api URL and --api-model NAME" if args.by == "api" else "--model DIR"
+        raise InputError(f"--by {args.by} needs {needs}")
+    args.api = args.api if args.by == "api" else None
+
+
 def judge(args):
     if args.by in ("reference", "points"):
         style = JUDGES["points" if args.by == "points" else "corrects"]
         records = read_outputs(args.data, reference=True)
         return finish(args, [{**r, "judgment": style(r["output"], r["reference"])} for r in records], [])
-    if not (args.api if args.by == "api" else args.model):
-        needs = "--api URL and --api-model NAME" if args.by == "api" else "--model DIR"
-        raise InputError(f"--by {args.by} needs {needs}")
-    args.api = args.api if args.by == "api" else None                       # both may be given: --by decides
+    check_by(args)
     records = read_outputs(args.data)
     asks = [{"instruction": fill_in(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
             for r in records]
@@ -799,12 +804,10 @@ def refine(args):
     if args.by == "reference":
         for i, r in enumerate(records):
             if not isinstance(r.get("reference"), str):
-                raise InputError(f"{args.data}: judged response {i} has no key 'reference', the right answer, which --by "
-                                 "reference takes the corrections from; use --by model or --by api")
+                raise InputError(f"{args.data}: judged response {i} has no key 'reference', the right answer that "
+                                 "--by reference takes corrections from; use --by model or --by api")
         return finish(args, [refined(r, corrected(r["output"], r["reference"])) for r in records], [])
-    if not (args.api if args.by == "api" else args.model):
-        raise InputError(f"--by {args.by} needs {'--api URL and --api-model NAME' if args.by == 'api' else '--model DIR'}")
-    args.api = args.api if args.by == "api" else None
+    check_by(args)
     asks = [{"instruction": fill_in(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
                                     judgment=r["judgment"]), "input": ""} for r in records]
     found, client = answers(args, asks, label="refining", whole=True)

@@ -40,8 +40,8 @@ from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (IGNORE, dpo_loss, explained_variance, gae, kl_estimate, masked_mean, next_beta, per_example_sum,
                     ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, LLaMA, RewardModel, StopSignal, add_lora,
-                   all_sum, gather_lists, generate, launch, load_adapter, load_resume, lora_disabled, lora_layers,
-                   lr_at, lr_linear, make_optimizer, merge_lora, open_metrics, peak_memory, print0, replacing,
+                   all_sum, gather_lists, generate, launch, load_adapter, load_resume, lora_disabled, lr_at,
+                   lr_linear, make_optimizer, merge_lora, open_metrics, peak_memory, print0, replacing,
                    save_adapter, save_resume, setup_distributed, within, write_json)
 from simulate import count_errors, mean_and_se, respond, score, score_texts
 
@@ -51,10 +51,10 @@ COMMON = {"format": ("alpaca", "short"), "max_length": (512, 256)}
 DEFAULTS = {
     "reward": {**COMMON, "batch_size": (16, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 5e-4), "epochs": (1.0, 6.0)},
     "dpo": {**COMMON, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
-    "ppo": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 200),
-            "rollouts": (512, 128), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 20)},
-    "quark": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 200),
-              "rollouts": (512, 512), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 20)},
+    "ppo": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 100),
+            "rollouts": (512, 128), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 10)},
+    "quark": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 50),
+              "rollouts": (512, 256), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 10)},
 }
 # AlpacaFarm's arithmetic as released, which --released puts in the place of ours.
 RELEASED = {"kl": ("clamped", "k1"), "beta": (0.0067, 0.05), "lam": (1.0, 0.95), "ending_penalty": (0.0, 1.0)}
@@ -76,7 +76,7 @@ def parse(argv):
     files.add_argument("--micro-batch-size", type=within(int, 1), help="of them in a forward pass: what fits")
     files.add_argument("--lr", type=within(float, 0), help="peak learning rate")
     files.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
-    lora.add_argument("--lora-rank", type=within(int, 0), default=0, help="train adapters of this rank (0: all weights)")
+    lora.add_argument("--lora-rank", type=within(int, 0), default=0, help="rank of the adapters (0: all weights)")
     lora.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
     lora.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
     machine.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the sampling, the data's order")
@@ -111,7 +111,7 @@ def parse(argv):
     s = stages.add_parser("ppo", parents=[files, lora, machine, rollouts], help="reward model -> policy, by PPO")
     s.add_argument("--beta", type=within(float, 0), help="price of a nat of KL, in rewards (default 0.05)")
     s.add_argument("--kl", choices=("k1", "k2", "k3", "clamped"), help="its estimator: losses.kl_estimate (default k1)")
-    s.add_argument("--target-kl", type=within(float, 0), default=0.0, help="adapt beta to this KL a response (0: fixed)")
+    s.add_argument("--target-kl", type=within(float, 0), default=0.0, help="adapt beta to this KL (0: fixed)")
     s.add_argument("--gamma", type=within(float, 0, 1), default=1.0, help="discount")
     s.add_argument("--lam", type=within(float, 0, 1), help="lambda of the advantages (default 0.95)")
     s.add_argument("--ratio-clip", type=within(float, 0), default=0.2, help="the policy's clip range")
@@ -199,16 +199,17 @@ def load_pairs(args, device):
 
 
 def accuracy(margins, records):
-    """Shares of held-out pairs whose preferred answer has the larger reward (margin > 0), with standard errors: counted
-    by their labels and, where the right answer is known (the built-in world), by the truth. Noise bounds the first:
-    `ceiling` is how often a label agrees with the truth, of the pairs that differ in their number of errors."""
+    """Share of held-out pairs whose preferred answer has the larger reward (margin > 0), with its standard error; in
+    the built-in world also by the truth, and the ceiling of the first: how often the labels agree with the truth."""
     found = dict(zip(("accuracy", "accuracy_se"), mean_and_se([float(m > 0) for m in margins])))
-    known = [(m, count_errors(worse, r["reference"]) - count_errors(better, r["reference"]))
-             for m, r in zip(margins, records) if "reference" in r for better, worse in [better_and_worse(r)]]
-    if known := [(m, truth) for m, truth in known if truth]:
-        found.update(zip(("truth", "truth_se"), mean_and_se([float(m * truth > 0) for m, truth in known])))
-        found["ceiling"] = mean_and_se([float(truth > 0) for _, truth in known])[0]
-        found["accuracy_known"] = mean_and_se([float(m > 0) for m, _ in known])[0]
+    if all("reference" in r for r in records):
+        lead = [count_errors(worse, r["reference"]) - count_errors(better, r["reference"])
+                for r in records for better, worse in [better_and_worse(r)]]
+        found.update(zip(("truth", "truth_se"), mean_and_se([float(m * n > 0) for m, n in zip(margins, lead)])))
+        found["ceiling"] = sum(n > 0 for n in lead) / len(lead)
+    line = f"accuracy on {len(margins)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}"
+    print0(line + (f" (labels that are true: {found['ceiling']:.3f}); against the truth {found['truth']:.3f} +- "
+                   f"{found['truth_se']:.3f}" if "truth" in found else ""))
     return found
 
 
@@ -276,16 +277,12 @@ def train_reward(args, rank, world, device, out, dtype, start_time):
         write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
                                           "seconds": time.time() - start_time})
     all_sum([0], device)                                                    # the others wait until the model is there
-    print0(f"accuracy on {len(held_out)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}, trained on "
-           f"{len(train)}" + (f"; against the truth {found['truth']:.3f} +- {found['truth_se']:.3f}; of the pairs whose "
-           f"truth is known {found['accuracy_known']:.3f} of their labels, which agree with the truth in "
-           f"{found['ceiling']:.3f}" if "truth" in found else ""))
     print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
     return 130 if stopping else 0
 
 
 def answer_logp(model, rows, device):
-    """log p(response | prompt) of each row, summed over its tokens, EOS included: rows of (prompt, response) -> (B,)."""
+    """log p(response | prompt) of each row, summed over its tokens, EOS too: rows of (prompt, response) -> (B,)."""
     lengths = torch.tensor([len(y) for _, y in rows], device=device)
     return per_example_sum(model(*collate(rows, device)), lengths)
 
@@ -371,8 +368,6 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
         write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
                                           "seconds": time.time() - start_time})
     all_sum([0], device)
-    print0(f"accuracy on {len(held_out)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}, margin "
-           f"{found['margin']:.2f} nats, trained on {len(train)}")
     print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
     return 130 if stopping else 0
 
@@ -403,8 +398,8 @@ def load_task(args, device):
         raise InputError("--validation FILE and --judge DIR, the reward model that chooses, belong together")
     tokenizer = Tokenizer.from_pretrained(args.model)
     if Tokenizer.from_pretrained(args.reward).serialized != tokenizer.serialized:
-        raise InputError(f"{args.model} and {args.reward} have different tokenizers: sampled ids mean the same to policy "
-                         "and reward model only if both come from one base")
+        raise InputError(f"{args.model} and {args.reward} have different tokenizers: sampled ids mean the same to both "
+                         "only if they come from one base")
     validation, test, judge = [], [], None
     if args.data:
         records = read_instructions(args.data)
@@ -448,6 +443,12 @@ def validate(policy, reward, task, args, step, rank, world, token=None):
             "length": sum(map(len, texts)) / len(texts)}
 
 
+def shuffled(count, args, step, epoch):
+    """0 .. count - 1 in an order that depends on (seed, step, epoch) alone, cut into lists of --batch-size."""
+    generator = torch.Generator().manual_seed(args.seed * 10**6 + step * 100 + epoch)
+    return [batch.tolist() for batch in torch.randperm(count, generator=generator).split(args.batch_size)]
+
+
 def keep_best(policy, out, curve, rank):
     """Writes the policy's trained weights to best.pt if the last entry of the curve is its best by the judge."""
     if rank == 0 and curve[-1]["judge"] > max([c["judge"] for c in curve[:-1]], default=-math.inf):
@@ -466,10 +467,10 @@ def finish(policy, task, curve, args, out, device, rank, world, start_time, toke
             for name, weight in torch.load(out / "best.pt", map_location=device, weights_only=True).items():
                 trained[name].copy_(weight)
         results.update(step=best["step"], proxy=best["proxy"], judge=best["judge"])
-        print0(f"best on validation: step {best['step']}, judge {best['judge']:.3f}, reward {best['proxy']:.2f} (step 0: "
-               f"judge {curve[0]['judge']:.3f}, reward {curve[0]['proxy']:.2f})")
+        for name, c in (("SFT", curve[0]), ("best", best), ("last", curve[-1])):
+            print0(f"validation, {name}, step {c['step']}: judge {c['judge']:.3f}, reward {c['proxy']:.2f}")
     else:
-        print0("the model is that of the last step: --validation and --judge would choose an earlier one if it is better")
+        print0("the model is that of the last step: with --validation and --judge it would be the best on validation")
     if task.test:
         first = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
         _, before = answer_errors(first, task.tokenizer, task.test, args.format, rank, world)
@@ -627,7 +628,7 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
     for name in ("rollouts", "batch_size"):
         if getattr(args, name) % world:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
-    batches = Batches([len(r["instruction"]) for r in task.records], args.rollouts, args.seed)
+    batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
 
     # --- models and optimizer
     stop = StopSignal()
@@ -659,7 +660,7 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
         answered = roll_out(models.policy, task, asked, args, step, rank, world)
         clock.append(time.time())
 
-        # --- scoring, then advantages: every rank gets all rollouts, so that no figure depends on how many ranks there are
+        # --- scoring, then advantages: each rank gets all rollouts, so no figure depends on how many ranks there are
         rollouts = sorted(gather_lists(look_back(models, model, answered, args, device)))
         if step == 0:
             scale = [torch.tensor([r.score for r in rollouts]).mean().item(),
@@ -672,11 +673,10 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
         width = data["logp"].shape[1]
         sums, updates = torch.zeros(7, dtype=torch.float64), 0
         for epoch in range(args.epochs):
-            order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(args.seed * 10**6 + step * 100 + epoch))
-            for batch in order.split(args.batch_size):
-                count = len(batch) * width if args.released else data["lengths"][batch].sum().item()
-                mine = sorted(batch.tolist()[rank::world], key=lambda i: -len(rollouts[i].prompt + rollouts[i].response))
-                micro = split(mine or batch.tolist()[:1], args.micro_batch_size)
+            for batch in shuffled(len(rollouts), args, step, epoch):
+                count = width * len(batch) if args.released else data["lengths"][batch].sum().item()
+                mine = sorted(batch[rank::world], key=lambda i: -len(rollouts[i].prompt + rollouts[i].response))
+                micro = split(mine or batch[:1], args.micro_batch_size)
                 loss_sum = 0.0
                 for i, part in enumerate(micro):
                     wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -746,17 +746,17 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
 
 
 def train_quark(args, rank, world, device, out, dtype, start_time):
-    """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sort the rollouts by reward into quantiles; train on all, each
-    after the control token of its quantile, and ask for the best (--quantiles all), or on the best quarter without
-    control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the released code
-    dropped it, and with it the model's way to end)."""
+    """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sort the rollouts by reward into quantiles; train on all of
+    them, each after the control token of its quantile, and ask for the best (--quantiles all), or on the best quarter
+    without control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the
+    released code dropped it, and with it the model's way to end)."""
     task = load_task(args, device)
     for name in ("rollouts", "batch_size"):
         if getattr(args, name) % world:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
     if args.rollouts < args.count:
         raise InputError(f"--rollouts {args.rollouts} is less than the {args.count} quantiles (--count)")
-    batches = Batches([len(r["instruction"]) for r in task.records], args.rollouts, args.seed)
+    batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
     token = 0 if args.quantiles == "all" else None                          # what the policy is asked with
 
     # --- models and optimizer
@@ -798,7 +798,7 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
         plain = [prompt_ids(task.tokenizer, task.records[i], args.format) for i in batches(step)]
         scores = torch.tensor(score(reward, [x + y for x, (_, _, y) in zip(plain, answered)], rank=rank, world=world))
         scores -= args.ending_penalty * torch.tensor([y[-1] != task.tokenizer.eos for _, _, y in answered])
-        rows = []                                                           # (prompt to train on, plain prompt, response)
+        rows = []                                           # (prompt to train on, plain prompt, response)
         for k, group in enumerate(quantiles(scores, args.count)[:None if args.quantiles == "all" else 1]):
             for i in group:
                 told = {**task.records[batches(step)[i]], "reward_token": k if args.quantiles == "all" else None}
@@ -809,11 +809,10 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
         lr = lr_linear(step, args.lr, args.warmup, args.steps)
         sums = torch.zeros(4, dtype=torch.float64)
         for epoch in range(args.epochs):
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed * 10**6 + step * 100 + epoch))
-            for batch in order.split(args.batch_size):
+            for batch in shuffled(len(rows), args, step, epoch):
                 count = sum(len(rows[i][2]) for i in batch)
-                mine = sorted(batch.tolist()[rank::world], key=lambda i: -len(rows[i][1]) - len(rows[i][2]))
-                micro = split(mine or batch.tolist()[:1], args.micro_batch_size)
+                mine = sorted(batch[rank::world], key=lambda i: -len(rows[i][1]) - len(rows[i][2]))
+                micro = split(mine or batch[:1], args.micro_batch_size)
                 loss_sum = 0.0
                 for i, part in enumerate(micro):
                     wrapped.require_backward_grad_sync = i == len(micro) - 1

@@ -90,7 +90,7 @@ def built_in(seed, judge, device=""):
 
 
 def built_in_preferences(seed, noise, device):
-    """The file of the built-in world's preferences: of four answers of the SFT model to each of 20,000 instructions,
+    """The file of the built-in world's preferences: of four answers of the SFT model to each of 30,000 instructions,
     two different ones, unless they have equally many errors (a tie). The one with fewer is preferred, except that
     2 * noise of the labels are coins: AlpacaFarm's noise, which flips 25 % of them."""
     model = Path(built_in(seed, "corrects", str(device)))
@@ -99,7 +99,7 @@ def built_in_preferences(seed, noise, device):
         return path
     rank, world, device = setup_distributed(str(device))
     tokenizer, policy = Tokenizer.from_pretrained(model), LLaMA.from_pretrained(model, device=device)
-    records = World(seed).instructions("train", 20000, "preferences")
+    records = World(seed).instructions("train", 30000, "preferences")
     texts = respond(policy, tokenizer, records, "short", max_new_tokens=32, temperature=1.0, seed=seed, n=4, rank=rank,
                     world=world, label="sampling pairs")
     keep = ("id", "instruction", "input", "reference")
