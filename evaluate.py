@@ -385,8 +385,8 @@ def farm(args):
     found = [farm_seed(seed, args) for seed in args.seeds]
     for seed, (_, _, r) in zip(args.seeds, found):
         print(f"seed {seed}: reward model of {r['trained_on']} pairs: {r['accuracy']:.3f} of the held-out labels, of "
-              f"which the noise leaves {r['ceiling']:.3f} right (ratio {r['accuracy'] / r['ceiling']:.2f}); against the "
-              f"truth {r['truth']:.3f} +- {r['truth_se']:.3f}")
+              f"which the noise leaves {r['ceiling']:.3f} right (ratio {r['accuracy'] / r['ceiling']:.2f}); "
+              f"against the truth {r['truth']:.3f} +- {r['truth_se']:.3f}")
     closed = [(r["best of 16"][0] - r["one sample at T = 1"][0])
               / (r["best of 16, oracle"][0] - r["one sample at T = 1"][0]) for r, _, _ in found]
     print("best of 16 closes {:.2f} +- {:.2f} of the gap from one sample to the oracle's".format(*mean_and_se(closed)))

@@ -47,14 +47,16 @@ from simulate import count_errors, mean_and_se, respond, score, score_texts
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's, with
 # its learning rates of full fine-tuning: LoRA wants about ten times as much.
-COMMON = {"format": ("alpaca", "short"), "max_length": (512, 256)}
+PAIRS = {"format": ("alpaca", "short"), "max_length": (512, 256), "save_every": (100, 100)}
+ANSWERS = {"format": ("alpaca", "short"), "max_length": (192, 256), "max_new_tokens": (300, MAX_NEW_TOKENS),
+           "eval_every": (10, 10), "save_every": (10, 25)}
 DEFAULTS = {
-    "reward": {**COMMON, "batch_size": (16, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 5e-4), "epochs": (1.0, 6.0)},
-    "dpo": {**COMMON, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
-    "ppo": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 100),
-            "rollouts": (512, 128), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 10)},
-    "quark": {**COMMON, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 50),
-              "rollouts": (512, 256), "max_new_tokens": (300, MAX_NEW_TOKENS), "eval_every": (10, 10)},
+    "reward": {**PAIRS, "batch_size": (16, 128), "micro_batch_size": (2, 64), "lr": (3e-6, 1e-3), "epochs": (1.0, 6.0)},
+    "dpo": {**PAIRS, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
+    "ppo": {**ANSWERS, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 100),
+            "rollouts": (512, 128)},
+    "quark": {**ANSWERS, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 50),
+              "rollouts": (512, 256)},
 }
 # AlpacaFarm's arithmetic as released, which --released puts in the place of ours.
 RELEASED = {"kl": ("clamped", "k1"), "beta": (0.0067, 0.05), "lam": (1.0, 0.95), "ending_penalty": (0.0, 1.0)}
@@ -84,7 +86,7 @@ def parse(argv):
     machine.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     files.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     files.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs or prompts are left out")
-    files.add_argument("--save-every", type=within(int, 1), default=100, help="steps between saves for --resume")
+    files.add_argument("--save-every", type=within(int, 1), help="steps between saves for --resume")
     # pairs
     pairs.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
     pairs.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
@@ -385,7 +387,7 @@ class Task(NamedTuple):
     test: list
 
 
-def load_task(args, device):
+def load_task(args, device, rank, world):
     """Instructions to answer, and an independent judge of answers to validation instructions: in the built-in world the
     truth; else --judge, a reward model that was trained on other pairs than --reward."""
     if not args.data:
@@ -405,8 +407,8 @@ def load_task(args, device):
         records = read_instructions(args.data)
         if args.judge:
             validation = read_instructions(args.validation)
-            judge = lambda texts: [s for s, in score_texts(args.judge, validation, [[t] for t in texts], None,
-                                                           args.dtype, device)]
+            judge = lambda texts: [s for s, in score_texts(     # read from disk each time, to take no memory in between
+                args.judge, validation, [[t] for t in texts], None, args.dtype, device, rank=rank, world=world)]
     else:
         the_world = World(args.seed)
         records = the_world.instructions("train", 10000, "unlabeled")
@@ -624,7 +626,7 @@ def process(rollouts, beta, scale, args, eos, world):
 
 def train_ppo(args, rank, world, device, out, dtype, start_time):
     """PPO (arXiv 1707.06347) as AlpacaFarm ran it, with the differences that --released undoes."""
-    task = load_task(args, device)
+    task = load_task(args, device, rank, world)
     for name in ("rollouts", "batch_size"):
         if getattr(args, name) % world:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
@@ -750,7 +752,7 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
     them, each after the control token of its quantile, and ask for the best (--quantiles all), or on the best quarter
     without control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the
     released code dropped it, and with it the model's way to end)."""
-    task = load_task(args, device)
+    task = load_task(args, device, rank, world)
     for name in ("rollouts", "batch_size"):
         if getattr(args, name) % world:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")

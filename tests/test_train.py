@@ -56,7 +56,7 @@ def files(tmp_path_factory):
 def arguments(name, base, files, out, *more):
     # A reward model's gradients are so small here that Adam, which divides by their size, blows rounding errors up.
     lr = "1e-4" if name == "reward" else "1e-3"
-    own = {"reward": ["--held-out", "8"], "cut": ["--downsample", "-1", "--lora-rank", "0"], "sft": []}[name]
+    own = {"reward": ["reward", "--held-out", "8"], "cut": ["--downsample", "-1", "--lora-rank", "0"], "sft": []}[name]
     return [*own, "--model", str(base), "--data", str(files[name]), "--format", "short", "--device",
             "cpu", "--steps", "10", "--batch-size", "8", "--micro-batch-size", "3", "--lr", lr, "--out", str(out),
             *map(str, more)]
