@@ -1,7 +1,7 @@
 """A LLaMA in one file: the network, sampling with a key-value cache, checkpoints, devices and processes.
 
 Top to bottom: Config; RMSNorm, rotary positions, attention, MLP, block; LLaMA and the reward model on top of it;
-generate; reading and writing checkpoints in Hugging Face layout; devices, processes, optimizer, resuming.
+LoRA; generate; checkpoints (Hugging Face's layout, and Meta's to read); devices, processes, optimizer, resuming.
 
 Shapes, used in every comment of the repository:
   B batch, T tokens, D width, H query heads, Hkv key/value heads, hd head dimension, V vocabulary, S cache length.
@@ -21,6 +21,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -219,7 +220,9 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Opens a Hugging Face LLaMA directory. Raises InputError, naming the file, for anything else."""
+        """Opens a LLaMA directory in Hugging Face's layout or Meta's. Raises InputError, naming the file, for anything
+        else. A tensor that already has the dtype is not copied on a CPU: it stays mapped from the file, privately, so
+        that training it copies the pages it writes and never touches the file."""
         config, _ = read_config(directory)
         with torch.device("meta"):
             model = cls(config)
@@ -523,16 +526,18 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints in Hugging Face layout
+# Checkpoints: Hugging Face's layout, read and written, and Meta's, read
 
 
 def read_config(directory, quiet=False):
     """config.json -> (Config, the raw dict). Absent keys take the documented LLaMA default and, unless quiet, are
     printed; a value that this network does not implement raises InputError, because ignoring it would load another
-    function."""
+    function. A directory in Meta's layout has params.json instead."""
     path = Path(directory) / "config.json"
+    if not path.is_file() and (Path(directory) / "params.json").is_file():
+        return read_meta_config(directory, quiet)
     if not path.is_file():
-        raise InputError(f"{directory}: no config.json: not a Hugging Face model directory")
+        raise InputError(f"{directory}: neither config.json (Hugging Face's layout) nor params.json (Meta's)")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -646,8 +651,8 @@ def replacing(path):
 
 
 def read_weights(directory):
-    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index.
-    Pickled files are read with weights_only=True, which refuses code."""
+    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index, or
+    Meta's consolidated.NN.pth. Pickled files are read with weights_only=True, which refuses code."""
     d = Path(directory)
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = d / f"{name}.index.json"
@@ -666,6 +671,8 @@ def read_weights(directory):
             if absent := sorted(set(weight_map) - set(state)):
                 raise InputError(f"{index}: {absent[0]} is in none of the shards")
             return state
+    if (d / "params.json").is_file():
+        return read_meta_weights(d)
     raise InputError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
 
 
@@ -675,6 +682,97 @@ def read_bin(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+
+
+# Meta's names, and along which dimension its model-parallel shards are parts (None: each shard has the whole).
+META_LAYERS = {"attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0),
+               "attention.wv": ("self_attn.v_proj", 0), "attention.wo": ("self_attn.o_proj", 1),
+               "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
+               "feed_forward.w3": ("mlp.up_proj", 0), "attention_norm": ("input_layernorm", None),
+               "ffn_norm": ("post_attention_layernorm", None)}
+META_TOP = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0)}
+
+
+def read_meta_config(directory, quiet=False):
+    """params.json -> (Config, the raw dict). It does not say the MLP's width, nor, as released, the vocabulary
+    (vocab_size -1): the weights do."""
+    path = Path(directory) / "params.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        D, H = raw["dim"], raw["n_heads"]
+        parts = meta_shards(directory)
+        if raw.get("use_scaled_rope"):
+            raise InputError(f"{path}: use_scaled_rope is {raw['use_scaled_rope']!r}; this LLaMA implements unscaled "
+                             "rotary positions")
+        ffn = sum(part["layers.0.feed_forward.w1.weight"].shape[0] for part in parts)
+        vocab = raw.get("vocab_size", -1)
+        vocab = vocab if vocab > 0 else sum(part["output.weight"].shape[0] for part in parts)
+        config = Config(vocab_size=vocab, hidden_size=D, intermediate_size=ffn, num_hidden_layers=raw["n_layers"],
+                        num_attention_heads=H, num_key_value_heads=raw.get("n_kv_heads") or H, head_dim=D // H,
+                        max_position_embeddings=raw.get("max_seq_len", 4096), rms_norm_eps=raw["norm_eps"],
+                        rope_theta=float(raw.get("rope_theta", 10000.0)))
+    except KeyError as error:
+        raise InputError(f"{path}: the key {error} is missing, there or in the weights beside it") from None
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: not a LLaMA's parameters: {error}") from None
+    if not quiet:
+        print0(f"{path}: Meta's layout in {len(parts)} part(s), vocabulary {vocab}, MLP width {ffn}")
+    return config, raw
+
+
+def meta_shards(directory):
+    """The tensors of consolidated.00.pth, .01.pth and so on, in that order, mapped and not yet read."""
+    paths = sorted(Path(directory).glob("consolidated.*.pth"))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    if not paths or [p.name for p in paths] != expected:
+        raise InputError(f"{directory}: {', '.join(p.name for p in paths) or 'no consolidated.NN.pth'} beside "
+                         f"params.json, expected {', '.join(expected) or 'consolidated.00.pth'}: download it again")
+    return [read_bin(path) for path in paths]
+
+
+class MetaParts(NamedTuple):
+    """A weight in Meta's shards: it has a shape, and `to` makes it, so that only one at a time is ever joined."""
+    parts: list
+    dim: int | None         # along which the shards are parts; None: each has the whole
+    heads: int              # of q and k, whose rows are permuted; else 0
+
+    @property
+    def shape(self):
+        shape = list(self.parts[0].shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return torch.Size(shape)
+
+    def to(self, device, dtype):
+        whole = self.parts[0] if self.dim is None or len(self.parts) == 1 else torch.cat(self.parts, self.dim)
+        if self.heads:
+            # Rotary pairs are rows (2j, 2j + 1) of a head at Meta's, (j, j + hd/2) at Hugging Face's.
+            rows, columns = whole.shape
+            whole = whole.view(self.heads, rows // self.heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        return whole.to(device, dtype)
+
+
+def read_meta_weights(directory):
+    """Meta's checkpoint under Hugging Face's names: {name: MetaParts}."""
+    config, shards = read_meta_config(directory, quiet=True)[0], meta_shards(directory)
+    heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
+    state = {}
+    for name in shards[0]:
+        words = name.removesuffix(".weight").split(".", 2)
+        layer = words[0] == "layers" and len(words) == 3
+        known = META_LAYERS.get(words[2]) if layer else META_TOP.get(".".join(words))
+        if name == "rope.freqs" or name.endswith("inner_attention.rope.freqs"):
+            continue                                                        # a buffer: the angles are computed here
+        if known is None or any(name not in shard for shard in shards):
+            raise InputError(f"{directory}: {name} is {'in some shards only' if known else 'no weight of a LLaMA'}")
+        (ours, dim), parts = known, [shard[name] for shard in shards]
+        if ours == "model.embed_tokens" and parts[0].shape[1] == config.hidden_size:
+            dim = 0                                                         # LLaMA 3's shards split the vocabulary
+        ours = f"model.layers.{words[1]}.{ours}" if layer else ours
+        state[f"{ours}.weight"] = MetaParts(parts, dim, heads.get(words[2], 0) if layer else 0)
+    return state
 
 
 def fill(model, state, directory, dtype, device):
@@ -688,8 +786,8 @@ def fill(model, state, directory, dtype, device):
         raise InputError(f"{directory}: {unknown[0]} is no weight of this model")
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
-            raise InputError(f"{directory}: {name} has shape {list(state[name].shape)}, config.json says "
-                             f"{list(tensor.shape)}")
+            raise InputError(f"{directory}: {name} has shape {list(state[name].shape)}, its config "
+                             f"says {list(tensor.shape)}")
     model.load_state_dict({name: state[name].to(device, dtype) for name in wanted}, assign=True)
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight              # assignment has parted the two
