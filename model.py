@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from losses import IGNORE, fused_logp, fused_loss
 
@@ -159,13 +160,21 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.checkpoint = self.autocast = False                             # see set_execution
 
     def forward(self, tokens, cache=None):
         x = self.embed_tokens(tokens)                                       # (B, T, D)
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache, i)
+        checkpoint = self.checkpoint and cache is None and torch.is_grad_enabled()
+        with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            for i, layer in enumerate(self.layers):
+                if cache is not None:
+                    x = layer.forward(x, cos, sin, cache, i)                # never compiled: the cache grows every step
+                elif checkpoint:
+                    x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, use_reentrant=False)
+                else:
+                    x = layer(x, cos, sin)
         return self.norm(x)
 
 
@@ -415,8 +424,8 @@ class KVCache:
     def update(self, layer, k, v):
         """Stores k, v (B, Hkv, T, hd) at the announced positions; returns all keys and values so far, and the mask."""
         rows = torch.arange(len(k), device=k.device).unsqueeze(1)           # (B, 1), broadcast against positions (B, T)
-        self.k[layer][rows, :, self.positions] = k.transpose(1, 2)          # (B, T, Hkv, hd)
-        self.v[layer][rows, :, self.positions] = v.transpose(1, 2)
+        self.k[layer][rows, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)         # (B, T, Hkv, hd)
+        self.v[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end], self.mask
 
     def select(self, rows):
@@ -850,7 +859,10 @@ def setup_distributed(device=""):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
-        torch.set_float32_matmul_precision("high")                          # TF32 for fp32 products: 10-bit mantissa
+        # TF32 rounds the factors of an fp32 product to 10 bits of mantissa and adds up in fp32. bf16 has 7 bits, so the
+        # head's products of bf16 weights, made in fp32, stay exact and get the tensor cores' speed.
+        torch.set_float32_matmul_precision("high")
+        print0("fp32 products run in TF32; those of bf16 numbers are exact in it")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -903,19 +915,51 @@ def lr_at(step, peak, warmup, steps, floor=0.05):
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999)):
+def set_execution(model, device, checkpoint=False, compiled=False, autocast=False):
+    """How the blocks run. Up to rounding, none of these changes what they compute.
+
+    checkpoint  keep only each block's input for the backward pass and compute the block again there, dropout included:
+                less memory for a third more time. Sampling and evaluation keep nothing anyway.
+    compiled    torch.compile each block (they share one compilation); sampling stays uncompiled.
+    autocast    products in bf16 with weights, their gradients and the residual stream in fp32: in full fine-tuning,
+                updates smaller than 1/256 of a weight are lost in bf16 weights."""
+    if autocast and model.lm_head.weight.dtype != torch.float32:
+        raise InputError(f"--autocast with --dtype {str(model.lm_head.weight.dtype).removeprefix('torch.')}: it is for "
+                         "weights in float32, whose products it makes in bf16: leave one of the two out")
+    model.model.checkpoint, model.model.autocast = checkpoint, autocast
+    if compiled:
+        try:                                                                # a compiler may be missing: find out now
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"--compile does not work here ({reason}): leave it out") from None
+        for block in model.model.layers:
+            block.compile(dynamic=True)                                     # batches have many lengths
+
+
+def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), zero=False):
     """AdamW over all trainable parameters; decay, if any, on matrices only (norm weights are scales, not directions).
-    The learning rate is set before every step by the training loop."""
+    The learning rate is set before every step by the training loop. With zero every rank keeps the moments of its share
+    of the parameters, updates those and sends them to the others (ZeRO, stage 1): the same numbers."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    fused = params[0].device.type != "mps"
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=fused)
+    groups, fused = [g for g in groups if g["params"]], params[0].device.type != "mps"
+    if not zero:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    if not dist.is_initialized():
+        raise InputError("--zero shares the optimizer's state out over ranks, and there is 1: launch with torchrun "
+                         "--nproc_per_node 2 or more, or leave --zero out")
+    from torch.distributed.optim import ZeroRedundancyOptimizer             # absent where PyTorch has no collectives
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, fused=fused)
 
 
 def save_resume(path, model, optimizer, state, rank):
     """One file with all that a run needs to go on: what it trains (all weights, or the adapters), the optimizer, and
-    `state` (the step and such). Random choices derive from (seed, step), so no generator state has to be kept."""
+    `state` (the step and such). Random choices derive from (seed, step), so no generator state has to be kept. Every
+    rank calls this: what --zero has shared out is collected on rank 0."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
     if rank == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -924,7 +968,7 @@ def save_resume(path, model, optimizer, state, rank):
 
 
 # Flags that may differ between a run and its resumption, because they do not change what it computes.
-MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size"}
+MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size", "checkpoint_activations", "zero"}
 
 
 def load_resume(path, model, optimizer, run):

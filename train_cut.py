@@ -27,7 +27,7 @@ from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark
 from losses import cut_token_loss, detect, detection_sums
 from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, launch,
                    load_resume, lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter,
-                   save_resume, setup_distributed, within, write_json)
+                   save_resume, set_execution, setup_distributed, within, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
@@ -87,6 +87,10 @@ def parse(argv):
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
     p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
     p.add_argument("--save-every", type=within(int, 1), default=50, help="steps between saves for --resume")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
@@ -217,7 +221,8 @@ def main(argv=None):
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     detector = model if args.lora_rank and args.lora_dropout and args.flags == "live" else None
-    optimizer = make_optimizer(model)
+    set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+    optimizer = make_optimizer(model, zero=args.zero)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     results, position = {"rounds": []}, {"round": 0, "step": 0}
     if test:

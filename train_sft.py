@@ -23,7 +23,7 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
                    all_sum, launch, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
-                   save_resume, setup_distributed, within)
+                   save_resume, set_execution, setup_distributed, within)
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
@@ -62,6 +62,10 @@ def parse(argv):
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
     p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
     p.add_argument("--save-every", type=within(int, 1), default=500, help="steps between saves for --resume")
     args = p.parse_args(argv)
@@ -131,7 +135,8 @@ def main(argv=None):
         targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
-    optimizer = make_optimizer(model, betas=(0.9, args.beta2))
+    set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+    optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
     start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
     if rank == 0 and not args.resume:
         (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed
