@@ -660,8 +660,8 @@ def replacing(path):
 
 
 def read_weights(directory):
-    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index, or
-    Meta's consolidated.NN.pth. Pickled files are read with weights_only=True, which refuses code."""
+    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index;
+    or Meta's consolidated.NN.pth. Pickled files are read with weights_only=True, which refuses code."""
     d = Path(directory)
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = d / f"{name}.index.json"
@@ -840,6 +840,117 @@ def write_json(path, value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory, known before it is spent
+
+
+def block_activations(block, dtype, autocast=False, device_type="cpu"):
+    """What one block keeps for its backward pass, in bytes: (a token of the batch, once a pass).
+
+    s and p are the sizes of a number in the residual stream and in the products; CUDA's norm and dropout are fused and
+    keep less than the CPU's, which are made of several operations."""
+    attention, mlp, cuda = block.self_attn, block.mlp, device_type == "cuda"
+    s = dtype.itemsize
+    p, wide = 2 if autocast else s, max(s, 4)
+    D, F_ = mlp.gate_proj.in_features, mlp.gate_proj.out_features
+    token, once = 0, 0
+    for norm in (block.input_layernorm, block.post_attention_layernorm):    # the input, 1 / rms; x / rms for the weight
+        token += D * (s if cuda else wide) + wide
+        token += 0 if cuda or not norm.weight.requires_grad else D * wide
+    token += 2 * (attention.H + attention.Hkv) * attention.hd * p           # q, k, v and the attention's output,
+    token += attention.H * wide                                             # log-sum-exp
+    token += 3 * F_ * p                                                     # gate, up, silu(gate)
+    for layers, width, size in (((attention.q_proj, attention.k_proj, attention.v_proj), D, s),
+                                ((attention.o_proj,), attention.H * attention.hd, p),
+                                ((mlp.gate_proj, mlp.up_proj), D, s), ((mlp.down_proj,), F_, p)):
+        inputs = 0                                                          # copies of the input that the layers keep
+        for layer in layers:
+            lora, dropout = isinstance(layer, LoRALinear), 0.0
+            if lora:
+                rank, dropout = layer.lora_A.out_features, layer.dropout.p
+                token += rank * p + (width * ((1 if cuda else size) + p) if dropout else 0)     # mask, what is left
+                once += rank * (layer.in_features + layer.out_features) * p * (layer.lora_A.weight.element_size() != p)
+            if layer is not attention.o_proj:                               # its input is the output counted above
+                inputs += layer.weight.requires_grad or lora and not dropout
+            once += layer.weight.numel() * p if size != p or autocast else 0                # autocast's copy in bf16
+        token += width * p * (inputs if size != p else min(inputs, 1))      # a cast makes each layer a copy of its own
+    return token, once
+
+
+def memory_estimate(config, dtype, readings, response_tokens, *, lora_rank=0, lora_dropout=0.0, targets=MLP_PROJECTIONS,
+                    checkpoint=False, autocast=False, zero_ranks=1, device_type="cpu"):
+    """Bytes at the peak of a training step, by what they are for: {"weights", "gradients", "optimizer", "activations",
+    "working"}; their sum is the peak.
+
+    readings: the (rows, tokens) of the passes of one micro-batch (CUT's bad responses have two), response_tokens the N
+    of one of them. `working` is the larger of what the fused head holds (logits tile, its gradients, an fp32 copy of a
+    half-precision head) and what the backward pass of one block does. Gradients are counted as there in full: with one
+    micro-batch a step and no DistributedDataParallel (whose buckets they are views of) they grow as activations
+    shrink, and the estimate is high by up to the smaller of the two."""
+    with torch.device("meta"):
+        model = LLaMA(config).to(dtype)
+        if lora_rank:
+            add_lora(model, lora_rank, lora_rank, lora_dropout, targets)
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sorted((size for size, grad in sizes if grad), reverse=True)
+    shares = [0] * zero_ranks
+    for size in trained:                                                    # ZeRO's way: the next to the least laden
+        shares[shares.index(min(shares))] += size
+
+    D, V, s, wide = config.hidden_size, config.vocab_size, dtype.itemsize, max(dtype.itemsize, 4)
+    block, layers = model.model.layers[0], config.num_hidden_layers
+    token, once = block_activations(block, dtype, autocast, device_type)
+    count, largest = sum(b * t for b, t in readings), max(b * t for b, t in readings)
+    kept = count * D * s if checkpoint else count * token + once * len(readings)
+    norm = D * (s if device_type == "cuda" else wide) + wide                # the last norm's input and 1 / rms
+    norm += D * wide if model.model.norm.weight.requires_grad and device_type != "cuda" else 0
+
+    R, head = len(readings), model.lm_head.weight.requires_grad
+    hidden, weight = R * response_tokens * D * s, V * D * wide
+    tiles = R * min(256, response_tokens) * (V + D) * wide * (2 if response_tokens > 256 else 1)
+    first = 2 * hidden + weight * (s < 4) + weight * head + tiles           # its forward pass, which forms gradients
+    second = 2 * hidden + (2 * weight + V * D * s * (s < 4)) * head         # its backward pass, which scales them
+    product = 2 if autocast else s
+    wide_gradient = max([0] + [p.numel() * p.element_size() for p in block.parameters() if p.requires_grad])
+    backward = largest * (4 * config.intermediate_size + 4 * D) * product + wide_gradient
+    backward += largest * token + once if checkpoint else 0
+    return {"weights": sum(size for size, _ in sizes), "gradients": sum(trained), "optimizer": 2 * max(shares),
+            "activations": layers * kept + count * norm, "working": max(first, second, backward)}
+
+
+HELPS = {"weights": "--dtype bfloat16 halves fp32 weights", "gradients": "--lora-rank 16 trains adapters only",
+         "optimizer": "--lora-rank 16 trains adapters only, --zero shares it out over ranks",
+         "activations": "--checkpoint-activations, a smaller --micro-batch-size or --max-length",
+         "working": "a smaller --micro-batch-size or --max-length"}
+
+
+def available_memory(device):
+    """Bytes that this process may still take on its device; 0 if that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))               # ranks of one machine share it
+
+
+def check_memory(estimate, device):
+    """Prints memory_estimate beside what the device has; raises InputError if it cannot fit."""
+    total, have = sum(estimate.values()), available_memory(device)
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    terms = " + ".join(f"{size / unit:.1f} {key}" for key, size in estimate.items())
+    there = f"{have / 1e9:.1f} GB free on {device}"
+    print0(f"memory: {terms} = {total / unit:.1f} {name}" + f" of {there}" * bool(have))
+    if have and total > have:
+        worst = sorted(estimate, key=estimate.get)[:-3:-1]
+        raise InputError(f"this run takes about {total / unit:.1f} {name}, and there are {there}. What would help: "
+                         + "; ".join(f"{key} {estimate[key] / unit:.1f} {name}: {HELPS[key]}" for key in worst))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Devices, processes, optimizer, resuming
 
 
@@ -962,6 +1073,8 @@ def save_resume(path, model, optimizer, state, rank):
         optimizer.consolidate_state_dict(to=0)
     if rank == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for torn in Path(path).parent.glob(f"{Path(path).name}.tmp-*"):
+            torn.unlink()                                                   # what a kill -9 in the middle of a save left
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         with replacing(path) as temporary:
             torch.save({"model": trained, "optimizer": optimizer.state_dict(), "state": state}, temporary)

@@ -25,9 +25,10 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downs
                   read_json, read_judged, split, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
-from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, launch,
-                   load_resume, lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter,
-                   save_resume, set_execution, setup_distributed, within, write_json)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum,
+                   check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora, open_metrics,
+                   peak_memory, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
+                   within, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
@@ -154,6 +155,19 @@ def token_weights(examples, weights, dtype, device):
     return (torch.tensor(weights, dtype=wide) / lengths).repeat_interleave(lengths).to(device)
 
 
+def largest_micro_batch(examples, size, max_length):
+    """(the (rows, tokens) of its passes, response tokens) of the micro-batch that may take most memory: `size` bad
+    responses, read twice, or twice as many good ones, read once. Without examples (those of an online run are yet to
+    be sampled), all of max_length."""
+    bad, good = ([e for e in examples if bool(e.judged) == kind] for kind in (True, False))
+    length = max((len(e.response) for e in examples), default=max_length)
+    kinds = [[(size, max(len(prompt) + len(e.response) for e, prompt in zip(bad, prompts)) - 1) for prompts in
+              ([e.judged for e in bad], [e.prompt for e in bad])]] if bad else []
+    kinds += [[(2 * size, max(e.size() for e in good) - 1)]] if good else []
+    passes = max(kinds or [[(size, max_length)] * 2], key=lambda passes: sum(b * t for b, t in passes))
+    return passes, passes[0][0] * length
+
+
 def table(results):
     """results.json as text, a line a round."""
     lines = ["round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds",
@@ -211,13 +225,21 @@ def main(argv=None):
         the_world = World(args.seed)
         replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
         replay = encode(tokenizer, replay, args.format, args.max_length, hindsight=True) if args.replay else []
-        test = the_world.instructions(args.split, 800)
+        answered, test = [], the_world.instructions(args.split, 800)
+
+    # --- memory, before any of it is taken
+    targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+    size = min(args.micro_batch_size, args.batch_size // world)
+    check_memory(memory_estimate(
+        read_config(args.model, quiet=True)[0], dtype, *largest_micro_batch(answered, size, args.max_length),
+        lora_rank=args.lora_rank, lora_dropout=args.lora_dropout, targets=targets,
+        checkpoint=args.checkpoint_activations, autocast=args.autocast, zero_ranks=world if args.zero else 1,
+        device_type=device.type), device)
 
     # --- model and optimizer
     stop = StopSignal()
     model = LLaMA.from_pretrained(args.model, dtype, device)
     if args.lora_rank:
-        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     detector = model if args.lora_rank and args.lora_dropout and args.flags == "live" else None

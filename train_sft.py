@@ -22,8 +22,9 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
                   read_judge_training, split, world_tokenizer)
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
-                   all_sum, launch, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
-                   save_resume, set_execution, setup_distributed, within)
+                   all_sum, check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora,
+                   open_metrics, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
+                   within)
 from simulate import JUDGES
 
 # What a flag that was not given means: (with --data, in the built-in world).
@@ -124,15 +125,22 @@ def main(argv=None):
            f"{math.ceil(args.batch_size / world / args.micro_batch_size)} micro-batches of "
            f"{min(args.micro_batch_size, args.batch_size // world)}")
 
+    # --- memory, before any of it is taken: the longest examples in one micro-batch
+    # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).
+    config = (read_config(args.model, quiet=True)[0] if args.model else
+              Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08))
+    targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+    size = min(args.micro_batch_size, args.batch_size // world)
+    check_memory(memory_estimate(
+        config, dtype, [(size, max(e.size() for e in examples) - 1)], size * max(len(e.response) for e in examples),
+        lora_rank=args.lora_rank, lora_dropout=args.lora_dropout, targets=targets,
+        checkpoint=args.checkpoint_activations, autocast=args.autocast, zero_ranks=world if args.zero else 1,
+        device_type=device.type), device)
+
     # --- model and optimizer
     stop = StopSignal()
-    if args.model:
-        model = LLaMA.from_pretrained(args.model, dtype, device)
-    else:
-        # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).
-        model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
+    model = LLaMA.from_pretrained(args.model, dtype, device) if args.model else LLaMA(config).to(device, dtype)
     if args.lora_rank:
-        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
