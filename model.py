@@ -742,10 +742,10 @@ def meta_shards(directory):
 
 
 class MetaParts(NamedTuple):
-    """A weight in Meta's shards: it has a shape, and `to` makes it, so that only one at a time is ever joined."""
+    """A weight in Meta's shards: it has a shape, and `to` makes it, straight into its last place."""
     parts: list
     dim: int | None         # along which the shards are parts; None: each has the whole
-    heads: int              # of q and k, whose rows are permuted; else 0
+    head_dim: int           # of q and k, whose rows are permuted; else 0
 
     @property
     def shape(self):
@@ -755,18 +755,20 @@ class MetaParts(NamedTuple):
         return torch.Size(shape)
 
     def to(self, device, dtype):
-        whole = self.parts[0] if self.dim is None or len(self.parts) == 1 else torch.cat(self.parts, self.dim)
-        if self.heads:
-            # Rotary pairs are rows (2j, 2j + 1) of a head at Meta's, (j, j + hd/2) at Hugging Face's.
-            rows, columns = whole.shape
-            whole = whole.view(self.heads, rows // self.heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-        return whole.to(device, dtype)
+        if self.dim is None:
+            return self.parts[0].to(device, dtype)
+        whole = torch.empty(self.shape, device=device, dtype=dtype)
+        for place, part in zip(whole.split([p.shape[self.dim] for p in self.parts], self.dim), self.parts):
+            if self.head_dim:       # rotary pairs are rows (2j, 2j + 1) of a head at Meta's, (j, j + hd/2) here
+                place = place.unflatten(0, (-1, 2, self.head_dim // 2))
+                part = part.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2)
+            place.copy_(part)
+        return whole
 
 
 def read_meta_weights(directory):
     """Meta's checkpoint under Hugging Face's names: {name: MetaParts}."""
     config, shards = read_meta_config(directory, quiet=True)[0], meta_shards(directory)
-    heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     state = {}
     for name in shards[0]:
         words = name.removesuffix(".weight").split(".", 2)
@@ -780,7 +782,8 @@ def read_meta_weights(directory):
         if ours == "model.embed_tokens" and parts[0].shape[1] == config.hidden_size:
             dim = 0                                                         # LLaMA 3's shards split the vocabulary
         ours = f"model.layers.{words[1]}.{ours}" if layer else ours
-        state[f"{ours}.weight"] = MetaParts(parts, dim, heads.get(words[2], 0) if layer else 0)
+        rotary = layer and words[2] in ("attention.wq", "attention.wk")
+        state[f"{ours}.weight"] = MetaParts(parts, dim, config.head_dim * rotary)
     return state
 
 
@@ -1074,7 +1077,7 @@ def save_resume(path, model, optimizer, state, rank):
     if rank == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         for torn in Path(path).parent.glob(f"{Path(path).name}.tmp-*"):
-            torn.unlink()                                                   # what a kill -9 in the middle of a save left
+            torn.unlink()                                                   # left by a kill -9 in the middle of a save
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         with replacing(path) as temporary:
             torch.save({"model": trained, "optimizer": optimizer.state_dict(), "state": state}, temporary)
