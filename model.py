@@ -974,9 +974,10 @@ def setup_distributed(device=""):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
         # TF32 rounds the factors of an fp32 product to 10 bits of mantissa and adds up in fp32. bf16 has 7 bits, so the
-        # head's products of bf16 weights, made in fp32, stay exact and get the tensor cores' speed.
+        # head's products of bf16 weights, made in fp32, stay exact and get the tensor cores' speed. With fp32 weights
+        # log-probabilities move by 0.001 (rounding simulated at width 4,096); CUT's test has to resolve 0.095.
         torch.set_float32_matmul_precision("high")
-        print0("fp32 products run in TF32; those of bf16 numbers are exact in it")
+        print0("fp32 products run in TF32: 10 bits of mantissa, which is exact for bf16 weights")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -1047,8 +1048,11 @@ def set_execution(model, device, checkpoint=False, compiled=False, autocast=Fals
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"--compile does not work here ({reason}): leave it out") from None
+        # Lengths are dynamic; one row or several, training or not, first block of a frozen base or later ones are not:
+        # they make up to a dozen variants, and past the limit PyTorch would silently go on uncompiled.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in model.model.layers:
-            block.compile(dynamic=True)                                     # batches have many lengths
+            block.compile(dynamic=True)
 
 
 def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), zero=False):
