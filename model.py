@@ -885,10 +885,10 @@ def memory_estimate(config, dtype, readings, response_tokens, *, lora_rank=0, lo
     "working"}; their sum is the peak.
 
     readings: the (rows, tokens) of the passes of one micro-batch (CUT's bad responses have two), response_tokens the N
-    of one of them. `working` is the larger of what the fused head holds (logits tile, its gradients, an fp32 copy of a
-    half-precision head) and what the backward pass of one block does. Gradients are counted as there in full: with one
-    micro-batch a step and no DistributedDataParallel (whose buckets they are views of) they grow as activations
-    shrink, and the estimate is high by up to the smaller of the two."""
+    of one of them. `working` is the largest of what the fused head holds (logits tile, its gradients, an fp32 copy of
+    a half-precision head), what the backward pass of one block takes, and what a save with --zero takes. Gradients are
+    counted as there in full: with one micro-batch a step and no DistributedDataParallel (whose buckets they are views
+    of) they grow as activations shrink, and the estimate is high by up to the smaller of the two."""
     with torch.device("meta"):
         model = LLaMA(config).to(dtype)
         if lora_rank:
@@ -916,8 +916,11 @@ def memory_estimate(config, dtype, readings, response_tokens, *, lora_rank=0, lo
     wide_gradient = max([0] + [p.numel() * p.element_size() for p in block.parameters() if p.requires_grad])
     backward = largest * (4 * config.intermediate_size + 4 * D) * product + wide_gradient
     backward += largest * token + once if checkpoint else 0
+    activations = layers * kept + count * norm
+    # A save with --zero passes each rank's moments to all, as bytes and as tensors; no activations are there then.
+    saving = 2 * 2 * max(shares) - activations if zero_ranks > 1 else 0
     return {"weights": sum(size for size, _ in sizes), "gradients": sum(trained), "optimizer": 2 * max(shares),
-            "activations": layers * kept + count * norm, "working": max(first, second, backward)}
+            "activations": activations, "working": max(first, second, backward, saving)}
 
 
 HELPS = {"weights": "--dtype bfloat16 halves fp32 weights", "gradients": "--lora-rank 16 trains adapters only",

@@ -26,7 +26,7 @@ from model import (MLP_PROJECTIONS, Config, LLaMA, add_lora, make_optimizer, mem
                    setup_distributed)
 
 SHAPES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "small": (256, 688, 4, 4)}    # D, MLP, layers, H
-DENSE_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # published
+DENSE_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def parse(argv=None):
