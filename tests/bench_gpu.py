@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_cut  # noqa: E402
 from data import Example, split  # noqa: E402
 from losses import IGNORE, cut_token_loss, detect, plain_logp  # noqa: E402
-from model import (MLP_PROJECTIONS, Config, LLaMA, add_lora, make_optimizer, memory_estimate, set_execution,  # noqa: E402
-                   setup_distributed)
+from model import (MLP_PROJECTIONS, Config, LLaMA, add_lora, make_optimizer, memory_estimate,  # noqa: E402
+                   set_execution, setup_distributed)
 
 SHAPES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "small": (256, 688, 4, 4)}    # D, MLP, layers, H
 DENSE_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
