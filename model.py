@@ -424,8 +424,8 @@ class KVCache:
     def update(self, layer, k, v):
         """Stores k, v (B, Hkv, T, hd) at the announced positions; returns all keys and values so far, and the mask."""
         rows = torch.arange(len(k), device=k.device).unsqueeze(1)           # (B, 1), broadcast against positions (B, T)
-        self.k[layer][rows, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)         # (B, T, Hkv, hd)
-        self.v[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[layer][rows, :, self.positions] = k.transpose(1, 2)          # (B, T, Hkv, hd)
+        self.v[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)         # bf16 under --autocast
         return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end], self.mask
 
     def select(self, rows):

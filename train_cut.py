@@ -292,6 +292,9 @@ def main(argv=None):
         batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
         replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number) if replay else None
         steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
+        if args.data:
+            print0(f"{len(examples)} examples, {steps} steps of {args.batch_size} over {world} ranks; an epoch's last "
+                   f"batch has {len(examples) - (batches.per_epoch - 1) * args.batch_size}")
 
         # --- loop
         bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,

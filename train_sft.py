@@ -123,7 +123,8 @@ def main(argv=None):
         args.steps = math.ceil(args.epochs * batches.per_epoch)
     print0(f"{len(examples)} examples, {args.steps} steps of {args.batch_size}: {world} ranks x "
            f"{math.ceil(args.batch_size / world / args.micro_batch_size)} micro-batches of "
-           f"{min(args.micro_batch_size, args.batch_size // world)}")
+           f"{min(args.micro_batch_size, args.batch_size // world)}; an epoch's last batch has "
+           f"{len(examples) - (batches.per_epoch - 1) * args.batch_size}")
 
     # --- memory, before any of it is taken: the longest examples in one micro-batch
     # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).

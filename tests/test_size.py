@@ -184,6 +184,19 @@ def test_zero_is_adamw_and_resumes(job, tmp_path):
         train_cut.main(job("cut", tmp_path / "alone", "--zero"))
 
 
+def test_resuming_with_another_shape_is_refused(job, tmp_path):
+    """The base model's directory now holds another model: its name is the same, its shapes are not."""
+    shutil.copytree(job.base, tmp_path / "base")
+    argv = [a if a != str(job.base) else str(tmp_path / "base")
+            for a in job("sft", tmp_path / "out", "--save-every", 4)]
+    train_sft.main(argv)
+    config = LLaMA.from_pretrained(job.base).config
+    LLaMA(Config(**{**vars(config), "intermediate_size": 52})).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"down_proj.weight was trained with shape \[32, 48\], this run has "
+                                         r"\[32, 52\]: resume with the same model"):
+        train_sft.main([*argv, "--resume"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -375,6 +388,17 @@ print(top[0] - base, sum(p.numel() * 2 for p in model.parameters()))
             shutil.rmtree(tmp_path / directory, ignore_errors=True)
 
 
+@pytest.mark.slow
+def test_the_gpu_bench_runs_without_one():
+    """A bench that is first found broken on the day when there is a GPU."""
+    pytest.importorskip("peft")
+    command = [sys.executable, str(ROOT / "tests" / "bench_gpu.py"), "small", "--steps", "1", "--batch-size", "1",
+               "--length", "16", "--checkpoint-activations"]
+    env = {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "for want of a GPU" in out and "ours / plain: tokens/s" in out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Nodes and kills
 
@@ -388,11 +412,11 @@ def two_nodes(script, argv):
 def test_two_nodes_equal_one_process(job, tmp_path):
     """Ranks counted within their node, or a tail of 5 examples that leaves a node waiting."""
     argv = ("--lora-rank", 4, "--lora-dropout", 0, "--dtype", "float64")
-    first, second = two_nodes("train_cut.py", job("cut", tmp_path / "two", *argv))
+    first, second = two_nodes("train_cut.py", job("cut", tmp_path / "two", *argv, "--checkpoint-activations"))
     train_cut.main(job("cut", tmp_path / "one", *argv))
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-12
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-10)
-    assert "model in" in first and not second.strip()                       # only rank 0 speaks
+    assert "over 2 ranks; an epoch's last batch has 5" in first and not second.strip()      # only rank 0 speaks
 
 
 @pytest.mark.slow
