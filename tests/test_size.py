@@ -436,10 +436,10 @@ def test_two_nodes_sample_and_evaluate_like_one_process(job, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_kill_9_at_any_moment(job, tmp_path):
-    """Twenty kills at random moments of one run that saves after every step, so that many fall into a save: it must go
-    on each time and end at the weights of an undisturbed run, bit for bit."""
+    """Twenty kills of one run that saves after every step, each second one at a random moment, the others as soon as a
+    save has begun: it must go on each time and end at the weights of an undisturbed run, bit for bit."""
     def argv(out, *more):
-        plain = job("cut", tmp_path / out, "--lora-rank", 4, "--save-every", 1, *more)
+        plain = job("cut", tmp_path / out, "--lora-rank", 0, "--save-every", 1, *more)
         return [sys.executable, str(ROOT / "train_cut.py"), *[a if a != "10" else "400" for a in plain]]
 
     subprocess.run(argv("whole"), env=ONE_THREAD, check=True, capture_output=True, timeout=300)
@@ -453,6 +453,8 @@ def test_kill_9_at_any_moment(job, tmp_path):
             time.sleep(0.01)                                                # until it is under way
         assert run.poll() is None, run.stderr.read().decode()[-2000:]
         time.sleep(rng.random() * 0.2)
+        while kills % 2 and run.poll() is None and not list(folder.glob("resume.pt.tmp-*")):
+            pass
         run.send_signal(signal.SIGKILL)
         run.communicate(timeout=60)
         kills += 1
@@ -463,5 +465,5 @@ def test_kill_9_at_any_moment(job, tmp_path):
     print(f"20 kills, {torn} of them in the middle of a save, after steps {reached}")
     subprocess.run(argv("killed", "--resume"), env=ONE_THREAD, check=True, capture_output=True, timeout=300)
     assert not list(folder.glob("*.tmp-*")), "half files stay behind"
-    assert torn and reached == sorted(reached) and same(tmp_path / "whole", folder)
+    assert torn > 3 and reached == sorted(reached) and same(tmp_path / "whole", folder)
     assert losses_of(tmp_path / "whole") == losses_of(folder)
