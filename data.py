@@ -68,6 +68,8 @@ class Tokenizer:
         """The tokenizer of a model directory, checked against its config.json: before any weights are read."""
         config, _ = read_config(directory, quiet=True)
         path = Path(directory) / "tokenizer.model"
+        if (Path(directory) / "params.json").is_file() and not path.is_file():      # Meta's download has it one above
+            path = Path(directory).resolve().parent / "tokenizer.model"
         if not path.is_file():
             other = " (its tokenizer.json is of another kind)" if (path.parent / "tokenizer.json").is_file() else ""
             raise InputError(f"{path}: no sentencepiece tokenizer here{other}: LLaMA and LLaMA 2 checkpoints have one, "

@@ -1,7 +1,7 @@
 """A LLaMA in one file: the network, sampling with a key-value cache, checkpoints, devices and processes.
 
 Top to bottom: Config; RMSNorm, rotary positions, attention, MLP, block; LLaMA and the reward model on top of it;
-generate; reading and writing checkpoints in Hugging Face layout; devices, processes, optimizer, resuming.
+LoRA; generate; checkpoints (Hugging Face's layout, and Meta's to read); devices, processes, optimizer, resuming.
 
 Shapes, used in every comment of the repository:
   B batch, T tokens, D width, H query heads, Hkv key/value heads, hd head dimension, V vocabulary, S cache length.
@@ -21,12 +21,14 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from losses import IGNORE, full_vocabulary, fused_logp, fused_loss
 
@@ -158,13 +160,21 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.checkpoint = self.autocast = False                             # see set_execution
 
     def forward(self, tokens, cache=None):
         x = self.embed_tokens(tokens)                                       # (B, T, D)
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache, i)
+        checkpoint = self.checkpoint and cache is None and torch.is_grad_enabled()
+        with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            for i, layer in enumerate(self.layers):
+                if cache is not None:
+                    x = layer.forward(x, cos, sin, cache, i)                # never compiled: the cache grows every step
+                elif checkpoint:
+                    x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, use_reentrant=False)
+                else:
+                    x = layer(x, cos, sin)
         return self.norm(x)
 
 
@@ -224,7 +234,9 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Opens a Hugging Face LLaMA directory. Raises InputError, naming the file, for anything else."""
+        """Opens a LLaMA directory in Hugging Face's layout or Meta's. Raises InputError, naming the file, for anything
+        else. A tensor that already has the dtype is not copied on a CPU: it stays mapped from the file, privately, so
+        that training it copies the pages it writes and never touches the file."""
         config, _ = read_config(directory)
         with torch.device("meta"):
             model = cls(config)
@@ -437,7 +449,7 @@ class KVCache:
         """Stores k, v (B, Hkv, T, hd) at the announced positions; returns all keys and values so far, and the mask."""
         rows = torch.arange(len(k), device=k.device).unsqueeze(1)           # (B, 1), broadcast against positions (B, T)
         self.k[layer][rows, :, self.positions] = k.transpose(1, 2)          # (B, T, Hkv, hd)
-        self.v[layer][rows, :, self.positions] = v.transpose(1, 2)
+        self.v[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)         # bf16 under --autocast
         return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end], self.mask
 
     def select(self, rows):
@@ -547,16 +559,18 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints in Hugging Face layout
+# Checkpoints: Hugging Face's layout, read and written, and Meta's, read
 
 
 def read_config(directory, quiet=False):
     """config.json -> (Config, the raw dict). Absent keys take the documented LLaMA default and, unless quiet, are
     printed; a value that this network does not implement raises InputError, because ignoring it would load another
-    function."""
+    function. A directory in Meta's layout has params.json instead."""
     path = Path(directory) / "config.json"
+    if not path.is_file() and (Path(directory) / "params.json").is_file():
+        return read_meta_config(directory, quiet)
     if not path.is_file():
-        raise InputError(f"{directory}: no config.json: not a Hugging Face model directory")
+        raise InputError(f"{directory}: neither config.json (Hugging Face's layout) nor params.json (Meta's)")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -670,8 +684,8 @@ def replacing(path):
 
 
 def read_weights(directory):
-    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index.
-    Pickled files are read with weights_only=True, which refuses code."""
+    """All tensors of a checkpoint directory: model.safetensors or pytorch_model.bin, whole or in shards with an index;
+    or Meta's consolidated.NN.pth. Pickled files are read with weights_only=True, which refuses code."""
     d = Path(directory)
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = d / f"{name}.index.json"
@@ -690,6 +704,8 @@ def read_weights(directory):
             if absent := sorted(set(weight_map) - set(state)):
                 raise InputError(f"{index}: {absent[0]} is in none of the shards")
             return state
+    if (d / "params.json").is_file():
+        return read_meta_weights(d)
     raise InputError(f"{directory}: neither model.safetensors nor pytorch_model.bin (nor an index of shards)")
 
 
@@ -699,6 +715,100 @@ def read_bin(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+
+
+# Meta's names, and along which dimension its model-parallel shards are parts (None: each shard has the whole).
+META_LAYERS = {"attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0),
+               "attention.wv": ("self_attn.v_proj", 0), "attention.wo": ("self_attn.o_proj", 1),
+               "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
+               "feed_forward.w3": ("mlp.up_proj", 0), "attention_norm": ("input_layernorm", None),
+               "ffn_norm": ("post_attention_layernorm", None)}
+META_TOP = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0)}
+
+
+def read_meta_config(directory, quiet=False):
+    """params.json -> (Config, the raw dict). It does not say the MLP's width, nor, as released, the vocabulary
+    (vocab_size -1): the weights do."""
+    path = Path(directory) / "params.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        D, H = raw["dim"], raw["n_heads"]
+        parts = meta_shards(directory)
+        if raw.get("use_scaled_rope"):
+            raise InputError(f"{path}: use_scaled_rope is {raw['use_scaled_rope']!r}; this LLaMA implements unscaled "
+                             "rotary positions")
+        ffn = sum(part["layers.0.feed_forward.w1.weight"].shape[0] for part in parts)
+        vocab = raw.get("vocab_size", -1)
+        vocab = vocab if vocab > 0 else sum(part["output.weight"].shape[0] for part in parts)
+        config = Config(vocab_size=vocab, hidden_size=D, intermediate_size=ffn, num_hidden_layers=raw["n_layers"],
+                        num_attention_heads=H, num_key_value_heads=raw.get("n_kv_heads") or H, head_dim=D // H,
+                        max_position_embeddings=raw.get("max_seq_len", 4096), rms_norm_eps=raw["norm_eps"],
+                        rope_theta=float(raw.get("rope_theta", 10000.0)))
+    except KeyError as error:
+        raise InputError(f"{path}: the key {error} is missing, there or in the weights beside it") from None
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: not a LLaMA's parameters: {error}") from None
+    if not quiet:
+        print0(f"{path}: Meta's layout in {len(parts)} part(s), vocabulary {vocab}, MLP width {ffn}")
+    return config, raw
+
+
+def meta_shards(directory):
+    """The tensors of consolidated.00.pth, .01.pth and so on, in that order, mapped and not yet read."""
+    paths = sorted(Path(directory).glob("consolidated.*.pth"))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    if not paths or [p.name for p in paths] != expected:
+        raise InputError(f"{directory}: {', '.join(p.name for p in paths) or 'no consolidated.NN.pth'} beside "
+                         f"params.json, expected {', '.join(expected) or 'consolidated.00.pth'}: download it again")
+    return [read_bin(path) for path in paths]
+
+
+class MetaParts(NamedTuple):
+    """A weight in Meta's shards: it has a shape, and `to` makes it, straight into its last place."""
+    parts: list
+    dim: int | None         # along which the shards are parts; None: each has the whole
+    head_dim: int           # of q and k, whose rows are permuted; else 0
+
+    @property
+    def shape(self):
+        shape = list(self.parts[0].shape)
+        if self.dim is not None:
+            shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return torch.Size(shape)
+
+    def to(self, device, dtype):
+        if self.dim is None:
+            return self.parts[0].to(device, dtype)
+        whole = torch.empty(self.shape, device=device, dtype=dtype)
+        for place, part in zip(whole.split([p.shape[self.dim] for p in self.parts], self.dim), self.parts):
+            if self.head_dim:       # rotary pairs are rows (2j, 2j + 1) of a head at Meta's, (j, j + hd/2) here
+                place = place.unflatten(0, (-1, 2, self.head_dim // 2))
+                part = part.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2)
+            place.copy_(part)
+        return whole
+
+
+def read_meta_weights(directory):
+    """Meta's checkpoint under Hugging Face's names: {name: MetaParts}."""
+    config, shards = read_meta_config(directory, quiet=True)[0], meta_shards(directory)
+    state = {}
+    for name in shards[0]:
+        words = name.removesuffix(".weight").split(".", 2)
+        layer = words[0] == "layers" and len(words) == 3
+        known = META_LAYERS.get(words[2]) if layer else META_TOP.get(".".join(words))
+        if name == "rope.freqs" or name.endswith("inner_attention.rope.freqs"):
+            continue                                                        # a buffer: the angles are computed here
+        if known is None or any(name not in shard for shard in shards):
+            raise InputError(f"{directory}: {name} is {'in some shards only' if known else 'no weight of a LLaMA'}")
+        (ours, dim), parts = known, [shard[name] for shard in shards]
+        if ours == "model.embed_tokens" and parts[0].shape[1] == config.hidden_size:
+            dim = 0                                                         # LLaMA 3's shards split the vocabulary
+        ours = f"model.layers.{words[1]}.{ours}" if layer else ours
+        rotary = layer and words[2] in ("attention.wq", "attention.wk")
+        state[f"{ours}.weight"] = MetaParts(parts, dim, config.head_dim * rotary)
+    return state
 
 
 def fill(model, state, directory, dtype, device):
@@ -712,8 +822,8 @@ def fill(model, state, directory, dtype, device):
         raise InputError(f"{directory}: {unknown[0]} is no weight of this model")
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
-            raise InputError(f"{directory}: {name} has shape {list(state[name].shape)}, config.json says "
-                             f"{list(tensor.shape)}")
+            raise InputError(f"{directory}: {name} has shape {list(state[name].shape)}, its config "
+                             f"says {list(tensor.shape)}")
     model.load_state_dict({name: state[name].to(device, dtype) for name in wanted}, assign=True)
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         model.lm_head.weight = model.model.embed_tokens.weight              # assignment has parted the two
@@ -757,6 +867,120 @@ def write_json(path, value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory, known before it is spent
+
+
+def block_activations(block, dtype, autocast=False, device_type="cpu"):
+    """What one block keeps for its backward pass, in bytes: (a token of the batch, once a pass).
+
+    s and p are the sizes of a number in the residual stream and in the products; CUDA's norm and dropout are fused and
+    keep less than the CPU's, which are made of several operations."""
+    attention, mlp, cuda = block.self_attn, block.mlp, device_type == "cuda"
+    s = dtype.itemsize
+    p, wide = 2 if autocast else s, max(s, 4)
+    D, F_ = mlp.gate_proj.in_features, mlp.gate_proj.out_features
+    token, once = 0, 0
+    for norm in (block.input_layernorm, block.post_attention_layernorm):    # the input, 1 / rms; x / rms for the weight
+        token += D * (s if cuda else wide) + wide
+        token += 0 if cuda or not norm.weight.requires_grad else D * wide
+    token += 2 * (attention.H + attention.Hkv) * attention.hd * p           # q, k, v and the attention's output,
+    token += attention.H * wide                                             # log-sum-exp
+    token += 3 * F_ * p                                                     # gate, up, silu(gate)
+    for layers, width, size in (((attention.q_proj, attention.k_proj, attention.v_proj), D, s),
+                                ((attention.o_proj,), attention.H * attention.hd, p),
+                                ((mlp.gate_proj, mlp.up_proj), D, s), ((mlp.down_proj,), F_, p)):
+        inputs = 0                                                          # copies of the input that the layers keep
+        for layer in layers:
+            lora, dropout = isinstance(layer, LoRALinear), 0.0
+            if lora:
+                rank, dropout = layer.lora_A.out_features, layer.dropout.p
+                token += rank * p + (width * ((1 if cuda else size) + p) if dropout else 0)     # mask, what is left
+                once += rank * (layer.in_features + layer.out_features) * p * (layer.lora_A.weight.element_size() != p)
+            if layer is not attention.o_proj:                               # its input is the output counted above
+                inputs += layer.weight.requires_grad or lora and not dropout
+            once += layer.weight.numel() * p if size != p or autocast else 0                # autocast's copy in bf16
+        token += width * p * (inputs if size != p else min(inputs, 1))      # a cast makes each layer a copy of its own
+    return token, once
+
+
+def memory_estimate(config, dtype, readings, response_tokens, *, lora_rank=0, lora_dropout=0.0, targets=MLP_PROJECTIONS,
+                    checkpoint=False, autocast=False, zero_ranks=1, device_type="cpu"):
+    """Bytes at the peak of a training step, by what they are for: {"weights", "gradients", "optimizer", "activations",
+    "working"}; their sum is the peak.
+
+    readings: the (rows, tokens) of the passes of one micro-batch (CUT's bad responses have two), response_tokens the N
+    of one of them. `working` is the largest of what the fused head holds (logits tile, its gradients, an fp32 copy of
+    a half-precision head), what the backward pass of one block takes, and what a save with --zero takes. Gradients are
+    counted as there in full: with one micro-batch a step and no DistributedDataParallel (whose buckets they are views
+    of) they grow as activations shrink, and the estimate is high by up to the smaller of the two."""
+    with torch.device("meta"):
+        model = LLaMA(config).to(dtype)
+        if lora_rank:
+            add_lora(model, lora_rank, lora_rank, lora_dropout, targets)
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sorted((size for size, grad in sizes if grad), reverse=True)
+    shares = [0] * zero_ranks
+    for size in trained:                                                    # ZeRO's way: the next to the least laden
+        shares[shares.index(min(shares))] += size
+
+    D, V, s, wide = config.hidden_size, config.vocab_size, dtype.itemsize, max(dtype.itemsize, 4)
+    block, layers = model.model.layers[0], config.num_hidden_layers
+    token, once = block_activations(block, dtype, autocast, device_type)
+    count, largest = sum(b * t for b, t in readings), max(b * t for b, t in readings)
+    kept = count * D * s if checkpoint else count * token + once * len(readings)
+    norm = D * (s if device_type == "cuda" else wide) + wide                # the last norm's input and 1 / rms
+    norm += D * wide if model.model.norm.weight.requires_grad and device_type != "cuda" else 0
+
+    R, head = len(readings), model.lm_head.weight.requires_grad
+    hidden, weight = R * response_tokens * D * s, V * D * wide
+    tiles = R * min(256, response_tokens) * (V + D) * wide * (2 if response_tokens > 256 else 1)
+    first = 2 * hidden + weight * (s < 4) + weight * head + tiles           # its forward pass, which forms gradients
+    second = 2 * hidden + (2 * weight + V * D * s * (s < 4)) * head         # its backward pass, which scales them
+    product = 2 if autocast else s
+    wide_gradient = max([0] + [p.numel() * p.element_size() for p in block.parameters() if p.requires_grad])
+    backward = largest * (4 * config.intermediate_size + 4 * D) * product + wide_gradient
+    backward += largest * token + once if checkpoint else 0
+    activations = layers * kept + count * norm
+    # A save with --zero passes each rank's moments to all, as bytes and as tensors; no activations are there then.
+    saving = 2 * 2 * max(shares) - activations if zero_ranks > 1 else 0
+    return {"weights": sum(size for size, _ in sizes), "gradients": sum(trained), "optimizer": 2 * max(shares),
+            "activations": activations, "working": max(first, second, backward, saving)}
+
+
+HELPS = {"weights": "--dtype bfloat16 halves fp32 weights", "gradients": "--lora-rank 16 trains adapters only",
+         "optimizer": "--lora-rank 16 trains adapters only, --zero shares it out over ranks",
+         "activations": "--checkpoint-activations, a smaller --micro-batch-size or --max-length",
+         "working": "a smaller --micro-batch-size or --max-length"}
+
+
+def available_memory(device):
+    """Bytes that this process may still take on its device; 0 if that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))               # ranks of one machine share it
+
+
+def check_memory(estimate, device):
+    """Prints memory_estimate beside what the device has; raises InputError if it cannot fit."""
+    total, have = sum(estimate.values()), available_memory(device)
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    terms = " + ".join(f"{size / unit:.1f} {key}" for key, size in estimate.items())
+    there = f"{have / 1e9:.1f} GB free on {device}"
+    print0(f"memory: {terms} = {total / unit:.1f} {name}" + f" of {there}" * bool(have))
+    if have and total > have:
+        worst = sorted(estimate, key=estimate.get)[:-3:-1]
+        raise InputError(f"this run takes about {total / unit:.1f} {name}, and there are {there}. What would help: "
+                         + "; ".join(f"{key} {estimate[key] / unit:.1f} {name}: {HELPS[key]}" for key in worst))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Devices, processes, optimizer, resuming
 
 
@@ -776,7 +1000,11 @@ def setup_distributed(device=""):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
-        torch.set_float32_matmul_precision("high")                          # TF32 for fp32 products: 10-bit mantissa
+        # TF32 rounds the factors of an fp32 product to 10 bits of mantissa and adds up in fp32. bf16 has 7 bits, so the
+        # head's products of bf16 weights, made in fp32, stay exact and get the tensor cores' speed. With fp32 weights
+        # log-probabilities move by 0.001 (rounding simulated at width 4,096); CUT's test has to resolve 0.095.
+        torch.set_float32_matmul_precision("high")
+        print0("fp32 products run in TF32: 10 bits of mantissa, which is exact for bf16 weights")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -835,28 +1063,65 @@ def lr_linear(step, peak, warmup, steps):
     return peak * (step / warmup if step < warmup else (steps - step) / max(1, steps - warmup))
 
 
-def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
+def set_execution(model, device, checkpoint=False, compiled=False, autocast=False):
+    """How the blocks run. Up to rounding, none of these changes what they compute.
+
+    checkpoint  keep only each block's input for the backward pass and compute the block again there, dropout included:
+                less memory for a third more time. Sampling and evaluation keep nothing anyway.
+    compiled    torch.compile each block (they share one compilation); sampling stays uncompiled.
+    autocast    products in bf16 with weights, their gradients and the residual stream in fp32: in full fine-tuning,
+                updates smaller than 1/256 of a weight are lost in bf16 weights."""
+    if autocast and model.lm_head.weight.dtype != torch.float32:
+        raise InputError(f"--autocast with --dtype {str(model.lm_head.weight.dtype).removeprefix('torch.')}: it is for "
+                         "weights in float32, whose products it makes in bf16: leave one of the two out")
+    model.model.checkpoint, model.model.autocast = checkpoint, autocast
+    if compiled:
+        try:                                                                # a compiler may be missing: find out now
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"--compile does not work here ({reason}): leave it out") from None
+        # Lengths are dynamic; one row or several, training or not, first block of a frozen base or later ones are not:
+        # they make up to a dozen variants, and past the limit PyTorch would silently go on uncompiled.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+
+
+def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, zero=False):
     """AdamW over all trainable parameters; decay, if any, on matrices only (norm weights are scales, not directions).
-    The learning rate is set before every step by the training loop."""
+    The learning rate is set before every step by the training loop. With zero every rank keeps the moments of its share
+    of the parameters, updates those and sends them to the others (ZeRO, stage 1): the same numbers."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    fused = params[0].device.type != "mps"
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=fused)
+    groups, fused = [g for g in groups if g["params"]], params[0].device.type != "mps"
+    if not zero:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+    if not dist.is_initialized():
+        raise InputError("--zero shares the optimizer's state out over ranks, and there is 1: launch with torchrun "
+                         "--nproc_per_node 2 or more, or leave --zero out")
+    from torch.distributed.optim import ZeroRedundancyOptimizer             # absent where PyTorch has no collectives
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.0, betas=betas, eps=eps, fused=fused)
 
 
 def save_resume(path, model, optimizer, state, rank):
     """One file with all that a run needs to go on: what it trains (all weights, or the adapters), the optimizer, and
-    `state` (the step and such). Random choices derive from (seed, step), so no generator state has to be kept."""
+    `state` (the step and such). Random choices derive from (seed, step), so no generator state has to be kept. Every
+    rank calls this: what --zero has shared out is collected on rank 0."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
     if rank == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for torn in Path(path).parent.glob(f"{Path(path).name}.tmp-*"):
+            torn.unlink()                                                   # left by a kill -9 in the middle of a save
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         with replacing(path) as temporary:
             torch.save({"model": trained, "optimizer": optimizer.state_dict(), "state": state}, temporary)
 
 
 # Flags that may differ between a run and its resumption, because they do not change what it computes.
-MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size"}
+MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size", "checkpoint_activations", "zero"}
 
 
 def load_resume(path, model, optimizer, run):

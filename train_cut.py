@@ -25,9 +25,10 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downs
                   read_json, read_judged, split, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
-from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum, launch,
-                   load_resume, lr_at, make_optimizer, merge_lora, open_metrics, peak_memory, print0, save_adapter,
-                   save_resume, setup_distributed, within, write_json)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum,
+                   check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora, open_metrics,
+                   peak_memory, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
+                   within, write_json)
 from simulate import JUDGES, corrected, respond
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
@@ -87,6 +88,10 @@ def parse(argv):
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
     p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
     p.add_argument("--save-every", type=within(int, 1), default=50, help="steps between saves for --resume")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
@@ -150,6 +155,19 @@ def token_weights(examples, weights, dtype, device):
     return (torch.tensor(weights, dtype=wide) / lengths).repeat_interleave(lengths).to(device)
 
 
+def largest_micro_batch(examples, size, max_length):
+    """(the (rows, tokens) of its passes, response tokens) of the micro-batch that may take most memory: `size` bad
+    responses, read twice, or twice as many good ones, read once. Without examples (those of an online run are yet to
+    be sampled), all of max_length."""
+    bad, good = ([e for e in examples if bool(e.judged) == kind] for kind in (True, False))
+    length = max((len(e.response) for e in examples), default=max_length)
+    kinds = [[(size, max(len(prompt) + len(e.response) for e, prompt in zip(bad, prompts)) - 1) for prompts in
+              ([e.judged for e in bad], [e.prompt for e in bad])]] if bad else []
+    kinds += [[(2 * size, max(e.size() for e in good) - 1)]] if good else []
+    passes = max(kinds or [[(size, max_length)] * 2], key=lambda passes: sum(b * t for b, t in passes))
+    return passes, passes[0][0] * length
+
+
 def table(results):
     """results.json as text, a line a round."""
     lines = ["round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds",
@@ -207,17 +225,26 @@ def main(argv=None):
         the_world = World(args.seed)
         replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
         replay = encode(tokenizer, replay, args.format, args.max_length, hindsight=True) if args.replay else []
-        test = the_world.instructions(args.split, 800)
+        answered, test = [], the_world.instructions(args.split, 800)
+
+    # --- memory, before any of it is taken
+    targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+    size = min(args.micro_batch_size, args.batch_size // world)
+    check_memory(memory_estimate(
+        read_config(args.model, quiet=True)[0], dtype, *largest_micro_batch(answered, size, args.max_length),
+        lora_rank=args.lora_rank, lora_dropout=args.lora_dropout, targets=targets,
+        checkpoint=args.checkpoint_activations, autocast=args.autocast, zero_ranks=world if args.zero else 1,
+        device_type=device.type), device)
 
     # --- model and optimizer
     stop = StopSignal()
     model = LLaMA.from_pretrained(args.model, dtype, device)
     if args.lora_rank:
-        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
     detector = model if args.lora_rank and args.lora_dropout and args.flags == "live" else None
-    optimizer = make_optimizer(model)
+    set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+    optimizer = make_optimizer(model, zero=args.zero)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     results, position = {"rounds": []}, {"round": 0, "step": 0}
     if test:
@@ -265,6 +292,9 @@ def main(argv=None):
         batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
         replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number) if replay else None
         steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
+        if args.data:
+            print0(f"{len(examples)} examples, {steps} steps of {args.batch_size} over {world} ranks; an epoch's last "
+                   f"batch has {len(examples) - (batches.per_epoch - 1) * args.batch_size}")
 
         # --- loop
         bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,

@@ -23,8 +23,9 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
                   world_tokenizer, write_json_lines)
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
-                   all_sum, launch, load_resume, lr_at, make_optimizer, merge_lora, open_metrics, print0, save_adapter,
-                   save_resume, setup_distributed, within)
+                   all_sum, check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora,
+                   open_metrics, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
+                   within)
 from simulate import JUDGES, ask_simulated, count_errors, pair_up, prefer, respond, simulated_pool
 
 # What a flag that was not given means: (with --data, in the built-in world).
@@ -64,6 +65,10 @@ def parse(argv):
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
     p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
     p.add_argument("--save-every", type=within(int, 1), default=500, help="steps between saves for --resume")
     args = p.parse_args(argv)
@@ -145,20 +150,29 @@ def main(argv=None):
         args.steps = math.ceil(args.epochs * batches.per_epoch)
     print0(f"{len(examples)} examples, {args.steps} steps of {args.batch_size}: {world} ranks x "
            f"{math.ceil(args.batch_size / world / args.micro_batch_size)} micro-batches of "
-           f"{min(args.micro_batch_size, args.batch_size // world)}")
+           f"{min(args.micro_batch_size, args.batch_size // world)}; an epoch's last batch has "
+           f"{len(examples) - (batches.per_epoch - 1) * args.batch_size}")
+
+    # --- memory, before any of it is taken: the longest examples in one micro-batch
+    # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).
+    config = (read_config(args.model, quiet=True)[0] if args.model else
+              Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08))
+    targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+    size = min(args.micro_batch_size, args.batch_size // world)
+    check_memory(memory_estimate(
+        config, dtype, [(size, max(e.size() for e in examples) - 1)], size * max(len(e.response) for e in examples),
+        lora_rank=args.lora_rank, lora_dropout=args.lora_dropout, targets=targets,
+        checkpoint=args.checkpoint_activations, autocast=args.autocast, zero_ranks=world if args.zero else 1,
+        device_type=device.type), device)
 
     # --- model and optimizer
     stop = StopSignal()
-    if args.model:
-        model = LLaMA.from_pretrained(args.model, dtype, device)
-    else:
-        # A matrix of 96 columns wants larger random numbers than one of 4096: 0.08 is near 1 / sqrt(96).
-        model = LLaMA(Config(vocab_size=tokenizer.vocab_size, initializer_range=0.08)).to(device, dtype)
+    model = LLaMA.from_pretrained(args.model, dtype, device) if args.model else LLaMA(config).to(device, dtype)
     if args.lora_rank:
-        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
         trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
-    optimizer = make_optimizer(model, betas=(0.9, args.beta2))
+    set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+    optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
     start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
     if rank == 0 and not args.resume:
         (out / "resume.pt").unlink(missing_ok=True)                         # of an earlier run: not to be resumed

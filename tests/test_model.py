@@ -11,6 +11,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
 import losses  # noqa: E402
 import model as M  # noqa: E402
 from model import Config, LLaMA, RewardModel, choose, generate  # noqa: E402
@@ -233,7 +234,7 @@ def test_config_that_is_another_function_is_refused(tmp_path, key, change):
 
 def test_config_that_is_not_one_is_refused(tmp_path):
     """A traceback from deep inside where one sentence naming the file would do."""
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="neither config.json .* nor params.json"):
         LLaMA.from_pretrained(tmp_path)
     ours().save_pretrained(tmp_path)
     for key in ("hidden_size", "vocab_size", "num_attention_heads", "model_type"):
@@ -333,6 +334,144 @@ def test_pytorch_bin(tmp_path, parts, tied):
     mine.save_pretrained(tmp_path)
     as_bin(tmp_path, parts, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}))
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta's layout
+
+
+META = {**SMALL, "head_dim": 4}                                             # Meta's heads are D / H wide
+
+
+def meta_state(network):
+    """A network's weights as Meta's checkpoints have them: their names, q and k with rotary pairs side by side."""
+    c, state = network.config, network.state_dict()
+
+    def pairs(weight, heads):                                               # rows (half, j) -> (j, half) of each head
+        return weight.view(heads, 2, c.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+
+    out = {"tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"],
+           "output.weight": state["lm_head.weight"], "rope.freqs": torch.ones(c.head_dim // 2)}
+    for i in range(c.num_hidden_layers):
+        one = {k.removeprefix(f"model.layers.{i}."): v for k, v in state.items() if f"layers.{i}." in k}
+        out.update({f"layers.{i}.{k}.weight": v for k, v in {
+            "attention.wq": pairs(one["self_attn.q_proj.weight"], c.num_attention_heads),
+            "attention.wk": pairs(one["self_attn.k_proj.weight"], c.num_key_value_heads),
+            "attention.wv": one["self_attn.v_proj.weight"], "attention.wo": one["self_attn.o_proj.weight"],
+            "feed_forward.w1": one["mlp.gate_proj.weight"], "feed_forward.w2": one["mlp.down_proj.weight"],
+            "feed_forward.w3": one["mlp.up_proj.weight"], "attention_norm": one["input_layernorm.weight"],
+            "ffn_norm": one["post_attention_layernorm.weight"]}.items()})
+    return out
+
+
+def save_meta(directory, network, shards, vocabulary=-1, split_vocabulary=False):
+    """Writes a network as Meta does, in model-parallel shards."""
+    c = network.config
+    directory.mkdir(parents=True, exist_ok=True)
+    columns = ("wo.", "w2.") if split_vocabulary else ("wo.", "w2.", "tok_embeddings.")
+    for n in range(shards):
+        part = {k: v if "norm" in k or "rope" in k else v.chunk(shards, int(any(x in k for x in columns)))[n].clone()
+                for k, v in meta_state(network).items()}
+        torch.save(part, directory / f"consolidated.{n:02d}.pth")
+    (directory / "params.json").write_text(json.dumps({
+        "dim": c.hidden_size, "multiple_of": 4, "n_heads": c.num_attention_heads, "n_layers": c.num_hidden_layers,
+        "n_kv_heads": c.num_key_value_heads, "norm_eps": c.rms_norm_eps, "vocab_size": vocabulary,
+        "rope_theta": c.rope_theta}))
+
+
+def meta_forward(c, w, tokens):
+    """Meta's network on Meta's weights, as published: rotary positions as products of complex numbers, explicit masks
+    and repeated key/value heads. It shares no line with model.py."""
+    T = tokens.shape[1]
+    angles = torch.outer(torch.arange(T).double(), 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).double()
+                                                                      / c.head_dim))
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]            # (T, 1, hd/2)
+    x = w["tok_embeddings.weight"][tokens]
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[f"{name}.weight"]
+
+    def rotary(x):
+        return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turn).flatten(-2)
+
+    for i in range(c.num_hidden_layers):
+        h = norm(x, f"layers.{i}.attention_norm")
+        q, k, v = (torch.stack([h[b] @ w[f"layers.{i}.attention.{n}.weight"].T for b in range(len(h))])
+                   .unflatten(-1, (-1, c.head_dim)) for n in ("wq", "wk", "wv"))
+        q, k = rotary(q), rotary(k)
+        k, v = (y.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 2) for y in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / c.head_dim ** .5
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
+        x = x + torch.einsum("bhqk,bkhd->bqhd", scores, v).flatten(-2) @ w[f"layers.{i}.attention.wo.weight"].T
+        h = norm(x, f"layers.{i}.ffn_norm")
+        gate = h @ w[f"layers.{i}.feed_forward.w1.weight"].T
+        up = h @ w[f"layers.{i}.feed_forward.w3.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ w[f"layers.{i}.feed_forward.w2.weight"].T
+    return norm(x, "norm") @ w["output.weight"].T
+
+
+def test_every_layout_gives_the_same_logits(tmp_path):
+    """Shards joined along the wrong dimension, q and k in Meta's rotary order, a width that is guessed."""
+    mine, tokens = ours(vocab_size=62, **{k: v for k, v in META.items() if k != "vocab_size"}), draw_ids(2, 40)
+    wanted = meta_forward(mine.config, meta_state(mine), tokens)
+    close(mine(tokens), wanted, 1e-5)                                       # our angles are fp32
+    for name, shard_bytes in (("whole", 2**30), ("sharded", 8000)):
+        mine.save_pretrained(tmp_path / name, shard_bytes=shard_bytes)
+        mine.save_pretrained(tmp_path / f"bin-{name}")
+        as_bin(tmp_path / f"bin-{name}", 1 if name == "whole" else 3)
+    save_meta(tmp_path / "meta-1", mine, 1)
+    save_meta(tmp_path / "meta-2", mine, 2)
+    save_meta(tmp_path / "meta-vocabulary", mine, 2, vocabulary=62, split_vocabulary=True)     # LLaMA 3's way
+    assert len(list(tmp_path.glob("sharded/*.safetensors"))) > 2
+    for directory in sorted(tmp_path.iterdir()):
+        again = LLaMA.from_pretrained(directory, torch.float64)
+        same_weights(mine, again)
+        assert torch.equal(again(tokens), mine(tokens))
+        assert again.config.rms_norm_eps == 1e-5 and again.config.rope_theta == 500.0
+
+
+def test_metas_tokenizer_lies_beside_or_above(tmp_path):
+    """Meta's download puts tokenizer.model beside the model's directory; another model's must not be taken so."""
+    tokenizer = data.world_tokenizer()
+    mine = ours(torch.float32, **{**META, "vocab_size": tokenizer.vocab_size})
+    save_meta(tmp_path / "small", mine, 2)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.serialized)
+    assert data.Tokenizer.from_pretrained(tmp_path / "small").vocab_size == tokenizer.vocab_size
+    mine.save_pretrained(tmp_path / "hf")
+    with pytest.raises(M.InputError, match="no sentencepiece tokenizer here"):
+        data.Tokenizer.from_pretrained(tmp_path / "hf")
+    (tmp_path / "small" / "tokenizer.model").write_bytes(b"broken")
+    with pytest.raises(M.InputError, match="small/tokenizer.model: not a sentencepiece model"):
+        data.Tokenizer.from_pretrained(tmp_path / "small")
+
+
+def test_metas_files_that_do_not_fit_are_refused(tmp_path):
+    """A missing shard that leaves half a model, scaled rotary positions ignored, a weight from elsewhere."""
+    mine = ours(torch.float32, **META)
+
+    def refused(match):
+        with pytest.raises(M.InputError, match=match):
+            LLaMA.from_pretrained(tmp_path)
+        save_meta(tmp_path, mine, 2, vocabulary=V - 1)
+
+    save_meta(tmp_path, mine, 2)
+    (tmp_path / "consolidated.00.pth").rename(tmp_path / "aside")
+    refused("consolidated.01.pth beside params.json, expected consolidated.00.pth")
+    refused(r"embed_tokens.weight has shape \[61, 24\], its config says \[60, 24\]")
+    for change, match in (({"use_scaled_rope": True}, "use_scaled_rope is True"), ({"n_heads": 7}, "n_heads|has shape"),
+                          ({"dim": None}, "not a LLaMA's parameters"), ({"norm_eps": ...}, "'norm_eps' is missing")):
+        raw = {**json.loads((tmp_path / "params.json").read_text()), "vocab_size": -1, **change}
+        (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+        refused(match)
+    part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
+    torch.save({**part, "layers.0.attention.bq.weight": part["norm.weight"]}, tmp_path / "consolidated.00.pth")
+    refused("layers.0.attention.bq.weight is no weight of a LLaMA")
+    torch.save({k: v for k, v in part.items() if k != "output.weight"}, tmp_path / "consolidated.01.pth")
+    refused("output.weight is in some shards only")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals, and files written whole
 
 
 class Code:
