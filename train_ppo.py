@@ -39,17 +39,18 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, better_and_wor
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (IGNORE, dpo_loss, explained_variance, gae, kl_estimate, masked_mean, next_beta, per_example_sum,
                     ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
-from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, LLaMA, RewardModel, StopSignal, add_lora,
-                   all_sum, gather_lists, generate, launch, load_adapter, load_resume, lora_disabled, lr_at,
-                   lr_linear, make_optimizer, merge_lora, open_metrics, peak_memory, print0, replacing,
-                   save_adapter, save_resume, setup_distributed, within, write_json)
+from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, LLaMA, RewardModel, StopSignal,
+                   add_lora, all_sum, check_memory, gather_lists, generate, launch, load_adapter, load_resume,
+                   lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, merge_lora, open_metrics,
+                   peak_memory, print0, read_config, replacing, save_adapter, save_resume, setup_distributed, within,
+                   write_json)
 from simulate import count_errors, mean_and_se, respond, score, score_texts
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's, with
 # its learning rates of full fine-tuning: LoRA wants about ten times as much.
 PAIRS = {"format": ("alpaca", "short"), "max_length": (512, 256), "save_every": (100, 100)}
 ANSWERS = {"format": ("alpaca", "short"), "max_length": (192, 256), "max_new_tokens": (300, MAX_NEW_TOKENS),
-           "eval_every": (10, 10), "save_every": (10, 25)}
+           "eval_every": (10, 10), "save_every": (10, 25), "sample_batch_size": (32, 512)}
 DEFAULTS = {
     "reward": {**PAIRS, "batch_size": (16, 128), "micro_batch_size": (2, 64), "lr": (3e-6, 1e-3), "epochs": (1.0, 6.0)},
     "dpo": {**PAIRS, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
@@ -85,6 +86,7 @@ def parse(argv):
     machine.add_argument("--noise", type=within(float, 0, 0.5), default=0.25, help="flipped labels, built-in world")
     machine.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     files.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    files.add_argument("--checkpoint-activations", action="store_true", help="recompute in backward: less memory")
     files.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs or prompts are left out")
     files.add_argument("--save-every", type=within(int, 1), help="steps between saves for --resume")
     # pairs
@@ -99,6 +101,7 @@ def parse(argv):
     rollouts.add_argument("--steps", type=within(int, 1), help="rollouts; each is followed by several updates")
     rollouts.add_argument("--rollouts", type=within(int, 1), help="responses a step, over all ranks")
     rollouts.add_argument("--max-new-tokens", type=within(int, 1), help="a response is cut off here")
+    rollouts.add_argument("--sample-batch-size", type=within(int, 1), help="sampled side by side: what fits")
     rollouts.add_argument("--temperature", type=within(float, 0.01), default=1.0, help="of sampling and of scoring")
     rollouts.add_argument("--epochs", type=within(int, 1), default=2, help="passes over the rollouts of a step")
     rollouts.add_argument("--warmup", type=within(int, 1), default=5, help="steps of warm-up; then linear decay to 0")
@@ -154,12 +157,16 @@ def built_in_reward(seed, noise, device=""):
     return wanted["out"]
 
 
+def targets_of(args):
+    return MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
+
+
 def adapt(model, args):
     """Adapters on the model, if --lora-rank asks for them. No dropout: it would make two readings of a response by the
     same weights differ, and PPO's ratio and DPO's margin with them."""
+    model.model.checkpoint = args.checkpoint_activations
     if args.lora_rank:
-        targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
-        trainable = add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets)
+        trainable = add_lora(model, args.lora_rank, args.lora_alpha, 0.0, targets_of(args))
         print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
 
 
@@ -428,7 +435,7 @@ def roll_out(policy, task, asked, args, step, rank, world):
     numbers = list(range(len(asked)))[rank::world]
     prompts = [prompt_ids(task.tokenizer, asked[i], args.format) for i in numbers]
     responses = generate(policy, prompts, args.max_new_tokens, task.tokenizer.eos, temperature=args.temperature,
-                         seed=args.seed * 10**6 + step, rows=numbers)
+                         seed=args.seed * 10**6 + step, rows=numbers, batch_size=args.sample_batch_size)
     return [(i, x, y) for i, x, (y,) in zip(numbers, prompts, responses)]
 
 
@@ -437,7 +444,7 @@ def validate(policy, reward, task, args, step, rank, world, token=None):
     records = task.validation if token is None else [{**r, "reward_token": token} for r in task.validation]
     texts = [ys[0] for ys in respond(policy, task.tokenizer, records, args.format, max_new_tokens=args.max_new_tokens,
                                      temperature=0.7 if args.data else 0, seed=args.seed, rank=rank, world=world,
-                                     label=None)]
+                                     batch_size=args.sample_batch_size, label=None)]
     rows = [prompt_ids(task.tokenizer, r, args.format) + task.tokenizer.encode_response(text)
             for r, text in zip(task.validation, texts)]
     scores = score(reward, rows, rank=rank, world=world)
@@ -515,6 +522,22 @@ class PolicyAndCritic(nn.Module):
         return self.policy(tokens, targets, token_loss, temperature), self.critic.values(tokens, slots)
 
 
+def ppo_memory(config, args, dtype, device):
+    """Bytes that a PPO step takes, as model.memory_estimate has them for training the policy alone. The critic comes to
+    it: with adapters its own and its activations; else, with reference and reward, three more backbones. Rollouts keep
+    keys and values, at a time at which there are no activations."""
+    tokens, size = args.max_length + args.max_new_tokens, args.micro_batch_size
+    estimate = memory_estimate(config, dtype, [(size, tokens)], size * args.max_new_tokens, targets=targets_of(args),
+                               lora_rank=args.lora_rank, checkpoint=args.checkpoint_activations,
+                               device_type=device.type)
+    for name in ("gradients", "optimizer", "activations"):
+        estimate[name] *= 2
+    estimate["weights"] *= 1 if args.lora_rank else 4
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
+    estimate["working"] = max(estimate["working"], cache * args.sample_batch_size - estimate["activations"])
+    return estimate
+
+
 def load_models(args, dtype, device):
     """The four models. Without adapters four backbones; with them one, if --reward was trained as an adapter of
     --model (the reward model's adapter is then where the critic's starts), else two."""
@@ -522,6 +545,7 @@ def load_models(args, dtype, device):
     if not args.lora_rank:
         reward = RewardModel.from_pretrained(args.reward, dtype, device)
         reference, critic = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(reward)
+        policy.model.checkpoint = critic.model.checkpoint = args.checkpoint_activations
     else:
         adapter, reference = Path(args.reward, "adapter"), None
         base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] \
@@ -530,6 +554,7 @@ def load_models(args, dtype, device):
             reward, critic = RewardModel.sharing(policy), RewardModel.sharing(policy)
             load_adapter(reward, adapter)
             load_adapter(critic, adapter)
+            critic.model.checkpoint = args.checkpoint_activations
         else:
             print0(f"{args.reward} has no adapter of {args.model}: it is held whole, beside it. To share one backbone, "
                    "train the reward model with --lora-rank")
@@ -631,6 +656,8 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
         if getattr(args, name) % world:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
     batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
+
+    check_memory(ppo_memory(read_config(args.model, quiet=True)[0], args, dtype, device), device)
 
     # --- models and optimizer
     stop = StopSignal()
