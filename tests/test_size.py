@@ -148,10 +148,17 @@ def test_compiled_blocks_train_alike(job, name, more, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(M.Block, "compile", lambda self, **k: compiled.append(1) or torch.nn.Module.compile(self, **k))
     torch._dynamo.reset()
+    more = [*more, "--dtype", "float64"]                # in fp32, Adam blows the rounding of tiny gradients up
     SCRIPTS[name].main(job(name, tmp_path / "plain", *more))
     SCRIPTS[name].main(job(name, tmp_path / "compiled", *more, "--compile"))
-    assert len(compiled) == 2 and distance(tmp_path / "plain", tmp_path / "compiled") < 1e-5
-    assert torch._dynamo.utils.counters["frames"]["ok"] <= 12, torch._dynamo.utils.counters
+    assert len(compiled) == 2 and distance(tmp_path / "plain", tmp_path / "compiled") < 1e-9
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 0 < frames["ok"] <= 12, torch._dynamo.utils.counters
+    model, prompts = LLaMA.from_pretrained(tmp_path / "compiled"), [[1, 5, 9], [1, 7]]
+    wanted = generate(model, prompts, 6, -1, temperature=0)
+    set_execution(model, torch.device("cpu"), compiled=True)
+    before = frames["ok"]
+    assert generate(model, prompts, 6, -1, temperature=0) == wanted and frames["ok"] == before     # sampling is not
 
 
 def test_compile_says_why_not(job, tmp_path, monkeypatch):
