@@ -346,9 +346,9 @@ def next_beta(beta, kl, target, rate=0.1):
 
 def quantiles(rewards, count):
     """Sorts responses by reward, best first (ties in their order), into `count` groups of equal size, the remainder in
-    the last. rewards (B,) -> list of `count` lists of indices."""
+    the last; of fewer responses than groups each is one. rewards (B,) -> list of `count` lists of indices."""
     order = torch.argsort(rewards, descending=True, stable=True).tolist()
-    size = len(order) // count
+    size = max(1, len(order) // count)
     return [order[i * size:(i + 1) * size if i + 1 < count else None] for i in range(count)]
 
 

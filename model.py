@@ -1121,8 +1121,8 @@ def save_resume(path, model, optimizer, state, rank):
 
 
 # Flags that may differ between a run and its resumption, because they do not change what it computes.
-MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "checkpoint_activations",
-              "zero"}
+MAY_DIFFER = {"resume", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "zero",
+              "checkpoint_activations"}
 
 
 def load_resume(path, model, optimizer, run):

@@ -5,7 +5,7 @@
   python train_ppo.py ppo --model DIR --reward DIR --data instructions.json    reward model -> policy, by PPO
   python train_ppo.py quark --model DIR --reward DIR --data instructions.json  reward model -> policy, by Quark
   python train_ppo.py dpo --model DIR --data pairs.json           pairs -> policy, without a reward model
-  torchrun --nproc_per_node 8 train_ppo.py ppo ...       any of them on eight GPUs
+  torchrun --nproc_per_node 8 train_ppo.py ppo --model DIR --reward DIR --data FILE     any of them on eight GPUs
 
 PPO holds four models, of which two learn:
   policy      learns; starts as the SFT model; answers the instructions
@@ -341,7 +341,7 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
             wrapped.require_backward_grad_sync = i == len(micro) - 1
             better, worse = answer_logp(wrapped, [(train[j][0], train[j][k]) for k in (1, 2) for j in part],
                                         device).chunk(2)                    # (b,), (b,)
-            ref_better, ref_worse = torch.tensor([reference[j] for j in part], device=device).to(better).T
+            ref_better, ref_worse = torch.tensor([reference[j] for j in part], dtype=better.dtype, device=device).T
             loss = dpo_loss(better, worse, ref_better, ref_worse, args.beta).sum() * bool(mine)
             (loss * world / len(batch)).backward()
             margins = ((better - ref_better) - (worse - ref_worse)).detach() * bool(mine)
@@ -405,6 +405,9 @@ def load_task(args, device, rank, world):
             raise InputError(f"--data needs --{name}, a directory: the {'SFT' if name == 'model' else 'reward'} model")
     if bool(args.validation) != bool(args.judge):
         raise InputError("--validation FILE and --judge DIR, the reward model that chooses, belong together")
+    for name in ("reward", "judge"):
+        if getattr(args, name) and Path(args.out).resolve() == Path(getattr(args, name)).resolve():
+            raise InputError(f"--out {args.out} is the --{name}: the run would write over it; choose another")
     tokenizer = Tokenizer.from_pretrained(args.model)
     if Tokenizer.from_pretrained(args.reward).serialized != tokenizer.serialized:
         raise InputError(f"{args.model} and {args.reward} have different tokenizers: sampled ids mean the same to both "
@@ -693,7 +696,7 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
         rollouts = sorted(gather_lists(look_back(models, model, answered, args, device)))
         if step == 0:
             scale = [torch.tensor([r.score for r in rollouts]).mean().item(),
-                     torch.tensor([r.score for r in rollouts]).std().item() + 1e-8]
+                     torch.tensor([r.score for r in rollouts]).std(unbiased=False).item() + 1e-8]
         data, stats = process(rollouts, beta, scale, args, task.tokenizer.eos, world)
         clock.append(time.time())
 

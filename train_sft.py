@@ -179,6 +179,8 @@ def main(argv=None):
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     metrics = open_metrics(out / "metrics.jsonl", start, rank)
     run = {"prompt_format": args.format, "run": vars(args)}
+    if args.recipe == "conditioning":
+        run["reward_token"] = 0                                         # what answers are asked for with: the good ones
 
     # --- loop
     stopping, done = False, start
