@@ -287,17 +287,18 @@ def compare(args):
 
 
 # AlpacaFarm's methods: the commands that make each from the SFT model {sft}, at equal pairs ({pairs}, and the reward
-# model {reward} trained on them). Each learning rate is the best of three on world seeds 100 and 101, validation split.
+# model {reward} trained on them). Each learning rate is the best of 1e-4, 3e-4 and 1e-3
+# on world seeds 100 and 101, validation split.
 _SFT = "train_sft.py --model {sft} --format short --batch-size 32 --epochs 2"
 FARM = {
     "binary reward conditioning": f"{_SFT} --recipe conditioning --data {{pairs}} --lr 1e-3",
     "binary FeedME": f"{_SFT} --recipe feedme --data {{pairs}} --lr 3e-4",
-    "expert iteration": f"{_SFT} --data {{winners}} --lr 3e-4",
+    "expert iteration": f"{_SFT} --data {{winners}} --lr 1e-3",
     "Quark, all quantiles": "train_ppo.py quark --quantiles all --reward {reward} --lr 3e-4",
     "Quark, best quantile": "train_ppo.py quark --quantiles best --reward {reward} --lr 3e-4",
     "PPO": "train_ppo.py ppo --reward {reward} --lr 3e-4",
     "PPO, released arithmetic": "train_ppo.py ppo --released --reward {reward} --lr 3e-4",
-    "DPO": "train_ppo.py dpo --lr 3e-4",
+    "DPO": "train_ppo.py dpo --lr 1e-4",
 }
 SAMPLES, UNLABELED = 64, 2000        # answers to each test instruction; instructions that expert iteration answers
 

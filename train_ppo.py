@@ -53,7 +53,7 @@ ANSWERS = {"format": ("alpaca", "short"), "max_length": (192, 256), "max_new_tok
            "eval_every": (10, 10), "save_every": (10, 25), "sample_batch_size": (32, 512)}
 DEFAULTS = {
     "reward": {**PAIRS, "batch_size": (16, 128), "micro_batch_size": (2, 64), "lr": (3e-6, 1e-3), "epochs": (1.0, 6.0)},
-    "dpo": {**PAIRS, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 3e-4), "epochs": (2.0, 2.0)},
+    "dpo": {**PAIRS, "batch_size": (64, 32), "micro_batch_size": (2, 16), "lr": (1e-6, 1e-4), "epochs": (2.0, 2.0)},
     "ppo": {**ANSWERS, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (1e-5, 3e-4), "steps": (80, 100),
             "rollouts": (512, 128)},
     "quark": {**ANSWERS, "batch_size": (256, 64), "micro_batch_size": (2, 64), "lr": (3e-6, 3e-4), "steps": (80, 50),

@@ -461,6 +461,8 @@ def same_run(a, b, stage, tolerance=0.0):
     for x, y in zip(one, two):
         assert x.keys() == y.keys()
         for key in x:
+            if stage == "dpo" and x["step"] == 0 and key == "accuracy":
+                continue                                                    # all margins are 0: rounding decides
             assert x[key] == pytest.approx(y[key], rel=100 * tolerance, abs=100 * tolerance), (x["step"], key)
     one, two = weights(a, stage), weights(b, stage)
     for key in one:
@@ -860,10 +862,10 @@ def test_the_best_checkpoint_is_the_judges(base, files, rewards, tmp_path, monke
     """The last step kept in place of the best, or the reward model as its own judge."""
     inner, judged = train_ppo.score_texts, []
 
-    def scripted(directory, *rest):                                         # the judge likes the second checkpoint best
+    def scripted(directory, *rest, **more):               # the judge likes the second checkpoint best
         assert Path(directory) == rewards["adapter"]
         judged.append([.1, .9, .5][len(judged)])
-        return [[judged[-1]] for _ in inner(directory, *rest)]
+        return [[judged[-1]] for _ in inner(directory, *rest, **more)]
 
     monkeypatch.setattr(train_ppo, "score_texts", scripted)
     kept, save = [], train_ppo.keep_best
@@ -910,7 +912,7 @@ def test_bad_input_is_one_line(base, files, rewards, tmp_path, monkeypatch):
         def run(*more, reward=rewards["whole"]):
             return flags(stage, base, files, tmp_path / "out", *more, reward=reward)
 
-        refused("no config.json", run(reward=tmp_path / "nowhere"))
+        refused("neither config.json", run(reward=tmp_path / "nowhere"))
         refused("--validation FILE and --judge DIR", run("--validation", files["validation"]))
         refused("--validation FILE and --judge DIR", run("--judge", rewards["whole"]))
         refused("different tokenizers", run(reward=other))
