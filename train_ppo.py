@@ -408,6 +408,8 @@ def load_task(args, device, rank, world):
     for name in ("reward", "judge"):
         if getattr(args, name) and Path(args.out).resolve() == Path(getattr(args, name)).resolve():
             raise InputError(f"--out {args.out} is the --{name}: the run would write over it; choose another")
+    if args.rollouts % world:
+        raise InputError(f"--rollouts {args.rollouts} is not a multiple of the {world} ranks")
     tokenizer = Tokenizer.from_pretrained(args.model)
     if Tokenizer.from_pretrained(args.reward).serialized != tokenizer.serialized:
         raise InputError(f"{args.model} and {args.reward} have different tokenizers: sampled ids mean the same to both "
@@ -655,11 +657,7 @@ def process(rollouts, beta, scale, args, eos, world):
 def train_ppo(args, rank, world, device, out, dtype, start_time):
     """PPO (arXiv 1707.06347) as AlpacaFarm ran it, with the differences that --released undoes."""
     task = load_task(args, device, rank, world)
-    for name in ("rollouts", "batch_size"):
-        if getattr(args, name) % world:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
     batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
-
     check_memory(ppo_memory(read_config(args.model, quiet=True)[0], args, dtype, device), device)
 
     # --- models and optimizer
@@ -783,9 +781,6 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
     without control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the
     released code dropped it, and with it the model's way to end)."""
     task = load_task(args, device, rank, world)
-    for name in ("rollouts", "batch_size"):
-        if getattr(args, name) % world:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {world} ranks")
     if args.rollouts < args.count:
         raise InputError(f"--rollouts {args.rollouts} is less than the {args.count} quantiles (--count)")
     batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
