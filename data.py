@@ -148,8 +148,10 @@ class Tokenizer:
         """Ids of a prompt, BOS first; then, if given, control token 0 to 7, which stands for how good the answer is to
         be. Control tokens are the pieces of the bytes F8 to FF, which occur in no UTF-8 text: every LLaMA tokenizer has
         them, no text encodes to them, and the vocabulary stays as it is."""
-        return [self.bos] + ([] if control is None else [self.sp.piece_to_id(f"<0x{0xF8 + control:02X}>")]) \
-            + self.sp.encode(text)
+        piece = [] if control is None else [self.sp.piece_to_id(f"<0x{0xF8 + control:02X}>")]
+        if piece == [self.sp.unk_id()]:
+            raise InputError("this tokenizer has no byte pieces, which control tokens are: use a LLaMA tokenizer")
+        return [self.bos] + piece + self.sp.encode(text)
 
     def encode_response(self, text):
         """Ids of a response, EOS included: a model that never sees EOS supervised never stops."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data import FORMATS, InputError, Tokenizer, World, collate, read_outputs, read_preferences, write_json_lines
-from model import DTYPES, LLaMA, launch, print0, read_config, setup_distributed, write_json
+from model import DTYPES, LLaMA, launch, print0, read_config, setup_distributed, within, write_json
 from simulate import JUDGES, conditioned, count_errors, mean_and_se, respond, score_texts, wrong_words
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
@@ -288,7 +288,7 @@ def compare(args):
 
 # AlpacaFarm's methods: the commands that make each from the SFT model {sft}, at equal pairs ({pairs}, and the reward
 # model {reward} trained on them). Each learning rate is the best of 1e-4, 3e-4 and 1e-3
-# on world seeds 100 and 101, validation split.
+# on world seeds 100 and 101, validation split (released PPO has PPO's).
 _SFT = "train_sft.py --model {sft} --format short --batch-size 32 --epochs 2"
 FARM = {
     "binary reward conditioning": f"{_SFT} --recipe conditioning --data {{pairs}} --lr 1e-3",
@@ -304,9 +304,11 @@ SAMPLES, UNLABELED = 64, 2000        # answers to each test instruction; instruc
 
 
 def run_once(out, finished, seed, command):
-    """Runs `command --seed SEED --out OUT` unless the file OUT/finished is there; returns OUT."""
-    script, *flags = command.split()
-    if not Path(out, finished).is_file():
+    """Runs `command --seed SEED --out OUT` unless the file OUT/finished is there; returns OUT. (Flags are not compared:
+    after a change to FARM, remove the runs that it concerns.)"""
+    (script, *flags), done = command.split(), Path(out, finished)
+    found = json.loads(done.read_text(encoding="utf-8")) if done.name == "config.json" and done.is_file() else {}
+    if not done.is_file() or "steps_done" in found and found["steps_done"] < found["run"]["steps"]:     # half done
         print(f"seed {seed}: {command}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags, "--seed", str(seed), "--out",
                         str(out)], check=True, stdout=subprocess.DEVNULL)
@@ -417,7 +419,7 @@ def score_outputs(args):
     rank, world, device = setup_distributed(args.device)
     records = read_outputs(args.data[0])
     scores = [s for s, in score_texts(args.reward, records, [[r["output"]] for r in records], args.format, args.dtype,
-                                      device, rank=rank, world=world)]
+                                      device, args.batch_size, rank, world)]
     print0("{}: {} outputs, reward {:.3f} +- {:.3f}".format(args.data[0], len(records), *mean_and_se(scores)))
     if rank == 0 and args.out:
         write_json_lines(args.out, [{**r, "reward": s} for r, s in zip(records, scores)])
@@ -454,6 +456,7 @@ def parse(argv):
     p.add_argument("--reward", help="score: reward model's directory")
     p.add_argument("--format", choices=FORMATS, help="score: its prompt format (default: what its config.json records)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="score: of weights and arithmetic")
+    p.add_argument("--batch-size", type=within(int, 1), default=64, help="score: outputs side by side")
     p.add_argument("--plot", help="farm: draw over-optimization into this SVG")
     p.add_argument("--labels", help="meter: preferences to compare with, of people or the truth")
     p.add_argument("--model", help="model directory")

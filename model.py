@@ -298,7 +298,10 @@ class RewardModel(nn.Module):
         config, _ = read_config(directory)
         with torch.device("meta"):
             model = cls(config)
-        return fill(model, read_weights(directory), directory, dtype, device)
+        model = fill(model, read_weights(directory), directory, dtype, device)
+        if dtype in (torch.bfloat16, torch.float16):                        # few numbers: read in fp32, as trained
+            model.score.float()
+        return model
 
     def save_pretrained(self, directory, tokenizer=None, shard_bytes=5 * 2**30, extra=None):
         labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
@@ -376,7 +379,8 @@ def lora_disabled(model):
 
 def merge_lora(model):
     """Adds every adapter to its matrix and removes it: a plain model again."""
-    for name, layer in lora_layers(model).items():
+    for name in list(lora_layers(model)):
+        layer = model.get_submodule(name)                                   # one at a time: the old ones can go
         with torch.no_grad():
             update = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
             merged = (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)
@@ -454,7 +458,8 @@ class KVCache:
 
     def select(self, rows):
         """Keeps the given rows (an index may repeat, which is how n samples share one prefill)."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        self.k = self.k[:, rows]                                            # one after the other: each is a copy
+        self.v, self.lengths = self.v[:, rows], self.lengths[rows]
 
 
 def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
@@ -525,7 +530,8 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
     cache.lengths = lengths.to(device)
     hidden = hidden[torch.arange(len(prompts), device=device), cache.lengths - 1]       # (B, D)
     fan = torch.arange(len(prompts), device=device).repeat_interleave(n)    # each prompt's row, n times
-    cache.select(fan)
+    if n > 1:
+        cache.select(fan)
     hidden = hidden[fan]                                                    # (B * n, D)
 
     uniform = torch.from_numpy(uniform).to(device, torch.float32 if device.type == "mps" else torch.float64)

@@ -149,12 +149,13 @@ def score(model, sequences, batch_size=64, rank=0, world=1, label=None):
     return [found[i] for i in range(len(sequences))]
 
 
-def score_texts(directory, records, texts, form=None, dtype="float32", device="cpu", batch_size=64, rank=0, world=1):
+def score_texts(directory, records, texts, form=None, dtype="float32", device="cpu", batch_size=64, rank=0, world=1,
+                most=None):
     """The scores that the reward model in `directory` gives to lists of texts, one list for each record. A text counts
-    as ended: EOS is scored with it."""
+    as ended, EOS is scored with it, unless it has `most` tokens: there it was cut off."""
     tokenizer, form = Tokenizer.from_pretrained(directory), model_format(directory, form)
     model = RewardModel.from_pretrained(directory, DTYPES[dtype], device)
-    sequences = [prompt_ids(tokenizer, {**r, "reward_token": None}, form) + tokenizer.encode_response(text)
+    sequences = [prompt_ids(tokenizer, {**r, "reward_token": None}, form) + tokenizer.encode_response(text)[:most]
                  for r, mine in zip(records, texts) for text in mine]
     flat = iter(score(model, sequences, batch_size, rank, world, "scoring"))
     return [[next(flat) for _ in mine] for mine in texts]
@@ -763,7 +764,8 @@ def sample(args):
         rank, world, device = setup_distributed(args.device)
         texts = [r["output"] if args.best_of > 1 else [r["output"]] for r in done]
         for r, mine, scores in zip(done, texts, score_texts(args.reward, done, texts, dtype=args.dtype, device=device,
-                                                            batch_size=args.batch_size, rank=rank, world=world)):
+                                                            batch_size=args.batch_size, rank=rank, world=world,
+                                                            most=args.max_new_tokens)):
             reward, k = max((s, -i) for i, s in enumerate(scores) if mine[i].strip())       # the first, if equal
             r.update(output=mine[-k], reward=reward, generator=f"{r['generator']}, best of {args.best_of}")
     if args.prompt:
@@ -902,7 +904,7 @@ def parse(argv):
     api.add_argument("--cache", help="JSONL of answers paid for (default: OUT.cache.jsonl)")
     answer.add_argument("--model", help="model directory in Hugging Face layout")
     answer.add_argument("--format", choices=FORMATS, help="its prompt format (default: what its config.json records)")
-    answer.add_argument("--temperature", type=within(float, 0), default=0.7, help="0 is greedy")
+    answer.add_argument("--temperature", type=within(float, 0), help="0 is greedy (default 0.7; 1 with --best-of)")
     answer.add_argument("--top-p", type=within(float, 0, 1), default=1.0, help="only likeliest tokens with this mass")
     answer.add_argument("--top-k", type=within(int, 0), default=0, help="only this many likeliest tokens (0: all)")
     answer.add_argument("--max-new-tokens", type=within(int, 1), default=300, help="an answer is cut off here")
@@ -914,7 +916,7 @@ def parse(argv):
     v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
     v.add_argument("--prompt", help="one instruction, answered on the terminal")
     v.add_argument("--outputs", type=within(int, 1), default=1, help="outputs for each instruction")
-    v.add_argument("--best-of", type=within(int, 1), help="draw this many (at --temperature 1) and keep the best")
+    v.add_argument("--best-of", type=within(int, 1), help="draw this many and keep the best by --reward")
     v.add_argument("--reward", help="directory of the reward model that says which is best")
     v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
     v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
@@ -935,6 +937,8 @@ def parse(argv):
         raise InputError(f"--out {args.out} is a folder: give the name of a file")
     if args.verb != "sample" and not (args.data and args.out):
         raise InputError(f"{args.verb} needs --data FILE and --out FILE")
+    if getattr(args, "temperature", 0) is None:
+        args.temperature = 1.0 if getattr(args, "best_of", None) else 0.7
     if args.verb == "refine":
         args.by = args.by or ("api" if args.api else "model")
     if args.api and not args.api_model:

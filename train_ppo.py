@@ -47,7 +47,7 @@ from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, L
 from simulate import count_errors, mean_and_se, respond, score, score_texts
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's, with
-# its learning rates of full fine-tuning: LoRA wants about ten times as much.
+# its learning rates of full fine-tuning, LoRA wants about ten times as much; of its 390 steps of PPO it used 20 to 80.
 PAIRS = {"format": ("alpaca", "short"), "max_length": (512, 256), "save_every": (100, 100)}
 ANSWERS = {"format": ("alpaca", "short"), "max_length": (192, 256), "max_new_tokens": (300, MAX_NEW_TOKENS),
            "eval_every": (10, 10), "save_every": (10, 25), "sample_batch_size": (32, 512)}
@@ -92,7 +92,7 @@ def parse(argv):
     # pairs
     pairs.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
     pairs.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
-    pairs.add_argument("--epochs", type=within(float, 0), help="passes over the pairs, if --steps is not given")
+    pairs.add_argument("--epochs", type=within(float, 1e-6), help="passes over the pairs, if --steps is not given")
     pairs.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
     # rollouts
     rollouts.add_argument("--reward", default="", help="reward model's directory (default: made by the stage reward)")
@@ -174,7 +174,7 @@ def save_model(model, out, tokenizer, args, **extra):
     """The run folder's model: whole, and its adapter beside it if it has one (which the stage ppo then shares)."""
     if args.lora_rank:
         save_adapter(model, out / "adapter", args.model)
-        merge_lora(model)
+        merge_lora(model.to("cpu"))                                         # the device has no room to merge at 7 B
     model.save_pretrained(out, tokenizer, extra={"prompt_format": args.format, "run": vars(args), **extra})
 
 
@@ -222,9 +222,9 @@ def accuracy(margins, records):
     return found
 
 
-def reward_margins(model, pairs, rank, world):
+def reward_margins(model, pairs, batch_size, rank, world):
     """r(better) - r(worse) of each pair."""
-    scores = score(model, [x + y for x, *answers in pairs for y in answers], rank=rank, world=world)
+    scores = score(model, [x + y for x, *answers in pairs for y in answers], batch_size, rank, world)
     return [better - worse for better, worse in zip(scores[::2], scores[1::2])]
 
 
@@ -277,17 +277,18 @@ def train_reward(args, rank, world, device, out, dtype, start_time):
         if stopping or (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
         if stopping:
-            break
+            print0(f"stopped: go on with --resume; {out}, {time.time() - start_time:.0f} s")
+            return 130
 
     # --- measure and save
-    found = accuracy(reward_margins(model, held_out, rank, world), held_records)
+    found = accuracy(reward_margins(model, held_out, 2 * args.micro_batch_size, rank, world), held_records)
     if rank == 0:
         save_model(model, out, tokenizer, args)
         write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
                                           "seconds": time.time() - start_time})
     all_sum([0], device)                                                    # the others wait until the model is there
-    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
-    return 130 if stopping else 0
+    print0(f"model in {out}, {time.time() - start_time:.0f} s")
+    return 0
 
 
 def answer_logp(model, rows, device):
@@ -297,7 +298,7 @@ def answer_logp(model, rows, device):
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, device, rank, world, batch_size=32):
+def pair_logps(model, pairs, device, rank, world, batch_size):
     """log p of (better, worse) for each pair, under a model that does not learn: [(float, float)]."""
     mine, found = range(len(pairs))[rank::world], []
     for part in split(mine, batch_size) if mine else []:
@@ -320,8 +321,8 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
     model = LLaMA.from_pretrained(args.model, dtype, device)
     adapt(model, args)
     model.eval()
-    reference = pair_logps(model, train, device, rank, world)               # before a resumed run's weights come in
-    reference_held = pair_logps(model, held_out, device, rank, world)
+    reference = pair_logps(model, train, device, rank, world, args.micro_batch_size)    # before a resumed run's weights
+    reference_held = pair_logps(model, held_out, device, rank, world, args.micro_batch_size)
     optimizer = make_optimizer(model)
     start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
     if rank == 0 and not args.resume:
@@ -351,7 +352,8 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
         loss_sum, right, margin, risen, stopping = all_sum([loss_sum, right, margin, risen, stop.requested], device)
         if not math.isfinite(loss_sum):
             raise FloatingPointError(f"step {step}: the loss is {loss_sum}; pairs {batch}")
-        if step == 0 and abs(loss_sum / len(batch) - math.log(2)) > 0.01:
+        # Exact up to rounding, which in half precision moves the sum over a response by tenths of a nat.
+        if step == 0 and abs(loss_sum / len(batch) - math.log(2)) > (0.01 if dtype.itemsize > 2 else 0.2):
             raise RuntimeError(f"the loss at step 0 is {loss_sum / len(batch)}, not ln 2: policy and reference differ")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         lr = lr_at(step, args.lr, math.ceil(args.warmup * steps), steps)
@@ -366,10 +368,11 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
         if stopping or (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "run": vars(args)}, rank)
         if stopping:
-            break
+            print0(f"stopped: go on with --resume; {out}, {time.time() - start_time:.0f} s")
+            return 130
 
     # --- measure and save
-    now = pair_logps(model, held_out, device, rank, world)
+    now = pair_logps(model, held_out, device, rank, world, args.micro_batch_size)
     margins = [(b - rb) - (w - rw) for (b, w), (rb, rw) in zip(now, reference_held)]
     found = {**accuracy(margins, held_records), "margin": sum(margins) / len(margins)}
     if rank == 0:
@@ -377,8 +380,8 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
         write_json(out / "results.json", {**found, "held_out": len(held_out), "trained_on": len(train),
                                           "seconds": time.time() - start_time})
     all_sum([0], device)
-    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
-    return 130 if stopping else 0
+    print0(f"model in {out}, {time.time() - start_time:.0f} s")
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,6 +408,17 @@ def load_task(args, device, rank, world):
             raise InputError(f"--data needs --{name}, a directory: the {'SFT' if name == 'model' else 'reward'} model")
     if bool(args.validation) != bool(args.judge):
         raise InputError("--validation FILE and --judge DIR, the reward model that chooses, belong together")
+    if args.validation and not args.data:
+        raise InputError("--validation needs --data: the built-in world has validation instructions of its own")
+    if args.judge and Path(args.judge).resolve() == Path(args.reward).resolve():
+        raise InputError(f"--judge {args.judge} is the --reward: it cannot see over-optimization; train a second one "
+                         "on other pairs")
+    if args.steps <= args.warmup:
+        raise InputError(f"--steps {args.steps} is not more than --warmup {args.warmup}: the rate would not reach --lr")
+    for name in ("model", "reward"):
+        recorded = read_config(getattr(args, name), quiet=True)[1].get("prompt_format", args.format)
+        if recorded != args.format:
+            raise InputError(f"{getattr(args, name)} was trained with --format {recorded}, this run has {args.format}")
     for name in ("reward", "judge"):
         if getattr(args, name) and Path(args.out).resolve() == Path(getattr(args, name)).resolve():
             raise InputError(f"--out {args.out} is the --{name}: the run would write over it; choose another")
@@ -420,7 +434,8 @@ def load_task(args, device, rank, world):
         if args.judge:
             validation = read_instructions(args.validation)
             judge = lambda texts: [s for s, in score_texts(     # read from disk each time, to take no memory in between
-                args.judge, validation, [[t] for t in texts], None, args.dtype, device, rank=rank, world=world)]
+                args.judge, validation, [[t] for t in texts], None, args.dtype, device, args.micro_batch_size, rank,
+                world, args.max_new_tokens)]
     else:
         the_world = World(args.seed)
         records = the_world.instructions("train", 10000, "unlabeled")
@@ -431,6 +446,7 @@ def load_task(args, device, rank, world):
         print0(f"left out {len(records) - len(fits)} of {len(records)} prompts longer than {args.max_length} tokens")
     if not fits:
         raise InputError(f"{args.data}: no prompt fits in {args.max_length} tokens: raise --max-length")
+    fits = fits[:len(fits) // args.rollouts * args.rollouts] or fits        # no small last batch: it is a whole step
     return Task(tokenizer, fits, validation, judge, test)
 
 
@@ -450,11 +466,16 @@ def validate(policy, reward, task, args, step, rank, world, token=None):
     texts = [ys[0] for ys in respond(policy, task.tokenizer, records, args.format, max_new_tokens=args.max_new_tokens,
                                      temperature=0.7 if args.data else 0, seed=args.seed, rank=rank, world=world,
                                      batch_size=args.sample_batch_size, label=None)]
-    rows = [prompt_ids(task.tokenizer, r, args.format) + task.tokenizer.encode_response(text)
-            for r, text in zip(task.validation, texts)]
-    scores = score(reward, rows, rank=rank, world=world)
+    rows = [prompt_ids(task.tokenizer, r, args.format) + task.tokenizer.encode_response(text)[:args.max_new_tokens]
+            for r, text in zip(task.validation, texts)]                     # no EOS where the answer was cut off
+    scores = score(reward, rows, args.micro_batch_size, rank, world)
     return {"step": step, "proxy": sum(scores) / len(scores), "judge": mean_and_se(task.judge(texts))[0],
-            "length": sum(map(len, texts)) / len(texts)}
+            "characters": sum(map(len, texts)) / len(texts)}
+
+
+def readable(tokenizer, response):
+    """The text of sampled ids; a model's vocabulary may be larger than its tokenizer's."""
+    return tokenizer.decode_response([i for i in response if i < tokenizer.vocab_size])
 
 
 def shuffled(count, args, step, epoch):
@@ -478,7 +499,7 @@ def finish(policy, task, curve, args, out, device, rank, world, start_time, toke
         best = max(curve, key=lambda c: c["judge"])
         trained = dict(policy.named_parameters())
         with torch.no_grad():
-            for name, weight in torch.load(out / "best.pt", map_location=device, weights_only=True).items():
+            for name, weight in torch.load(out / "best.pt", map_location="cpu", weights_only=True).items():
                 trained[name].copy_(weight)
         results.update(step=best["step"], proxy=best["proxy"], judge=best["judge"])
         for name, c in (("SFT", curve[0]), ("best", best), ("last", curve[-1])):
@@ -530,17 +551,27 @@ class PolicyAndCritic(nn.Module):
 def ppo_memory(config, args, dtype, device):
     """Bytes that a PPO step takes, as model.memory_estimate has them for training the policy alone. The critic comes to
     it: with adapters its own and its activations; else, with reference and reward, three more backbones. Rollouts keep
-    keys and values, at a time at which there are no activations."""
+    keys and values (half of them twice while finished rows leave), at a time at which there are no activations; so does
+    --judge come and go."""
     tokens, size = args.max_length + args.max_new_tokens, args.micro_batch_size
     estimate = memory_estimate(config, dtype, [(size, tokens)], size * args.max_new_tokens, targets=targets_of(args),
                                lora_rank=args.lora_rank, checkpoint=args.checkpoint_activations,
                                device_type=device.type)
     for name in ("gradients", "optimizer", "activations"):
         estimate[name] *= 2
-    estimate["weights"] *= 1 if args.lora_rank else 4
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
-    estimate["working"] = max(estimate["working"], cache * args.sample_batch_size - estimate["activations"])
+    backbone = estimate["weights"]
+    estimate["weights"] *= 4 if not args.lora_rank else 1 if shared_adapter(args) else 2
+    cache = 3 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
+    elsewhere = max(cache * args.sample_batch_size, backbone if args.judge else 0)
+    estimate["working"] = max(estimate["working"], elsewhere - estimate["activations"])
     return estimate
+
+
+def shared_adapter(args):
+    """The adapter of --reward, if it was trained on --model; else None."""
+    path = Path(args.reward, "adapter", "adapter_config.json")
+    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else ""
+    return path.parent if base and Path(base).resolve() == Path(args.model).resolve() else None
 
 
 def load_models(args, dtype, device):
@@ -552,10 +583,8 @@ def load_models(args, dtype, device):
         reference, critic = copy.deepcopy(policy).requires_grad_(False), copy.deepcopy(reward)
         policy.model.checkpoint = critic.model.checkpoint = args.checkpoint_activations
     else:
-        adapter, reference = Path(args.reward, "adapter"), None
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] \
-            if adapter.is_dir() else ""
-        if base and Path(base).resolve() == Path(args.model).resolve():
+        reference = None
+        if adapter := shared_adapter(args):
             reward, critic = RewardModel.sharing(policy), RewardModel.sharing(policy)
             load_adapter(reward, adapter)
             load_adapter(critic, adapter)
@@ -731,7 +760,7 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
                         sums += torch.stack([torch.ones_like(ratio).sum(), policy_loss, moved.sum(),
                                              kl_estimate(old_logp, logp[0], "k3").sum(), torch.ones_like(values).sum(),
                                              value_losses.sum(), ((values - old_values).abs() > args.value_clip).sum()
-                                             ]).double().cpu() * bool(mine)
+                                             ]).cpu().double() * bool(mine)
                 loss_sum, stopping = all_sum([loss_sum, stop.requested], device)
                 if not math.isfinite(loss_sum):
                     raise FloatingPointError(f"step {step}: the loss is {loss_sum}")
@@ -753,16 +782,17 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
                  "seconds_scoring": scoring_time, "seconds_update": update_time})
         if args.target_kl:
             beta = next_beta(beta, stats["kl"], args.target_kl)
-        if task.judge and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        if task.judge and due:
             curve.append(validate(models.policy, models.reward, task, args, step + 1, rank, world))
             keep_best(models.policy, out, curve, rank)
-            if rank == 0:                                                   # look at what it says, not only at figures
-                write_json_lines(out / "samples.jsonl", [
-                    {"step": step, "instruction": asked[r.number]["instruction"], "score": r.score,
-                     "output": task.tokenizer.decode_response(r.response)} for r in rollouts[:20]])
+        if rank == 0 and due:                                               # look at what it says, not only at figures
+            write_json_lines(out / "samples.jsonl", [
+                {"step": step, "instruction": asked[r.number]["instruction"], "score": r.score,
+                 "output": readable(task.tokenizer, r.response)} for r in rollouts[:20]])
         bar.set_postfix(reward=f"{stats['reward']:.2f}", kl=f"{stats['kl']:.2f}",
                         judge=f"{curve[-1]['judge']:.3f}" if curve else "none")
-        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if stopping or (due or (step + 1) % args.save_every == 0) and step + 1 < args.steps:
             save_resume(out / "resume.pt", model, optimizer, {"step": step + 1, "beta": beta, "scale": scale,
                                                               "curve": json.dumps(curve), "run": vars(args)}, rank)
         if stopping:
@@ -778,8 +808,8 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
 def train_quark(args, rank, world, device, out, dtype, start_time):
     """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sort the rollouts by reward into quantiles; train on all of
     them, each after the control token of its quantile, and ask for the best (--quantiles all), or on the best quarter
-    without control tokens (best, as released). A KL term holds the policy near the SFT model. EOS is trained (the
-    released code dropped it, and with it the model's way to end)."""
+    without control tokens (best: chosen as released, not its number of updates). A KL term holds the policy near the
+    SFT model. EOS is trained (the released code dropped it, and with it the model's way to end)."""
     task = load_task(args, device, rank, world)
     if args.rollouts < args.count:
         raise InputError(f"--rollouts {args.rollouts} is less than the {args.count} quantiles (--count)")
@@ -823,8 +853,10 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
 
         # --- scoring: the reward model reads the plain prompt; then quantiles of all ranks' rollouts
         plain = [prompt_ids(task.tokenizer, task.records[i], args.format) for i in batches(step)]
-        scores = torch.tensor(score(reward, [x + y for x, (_, _, y) in zip(plain, answered)], rank=rank, world=world))
-        scores -= args.ending_penalty * torch.tensor([y[-1] != task.tokenizer.eos for _, _, y in answered])
+        raw = torch.tensor(score(reward, [x + y for x, (_, _, y) in zip(plain, answered)], args.micro_batch_size, rank,
+                                 world))
+        cut_off = torch.tensor([y[-1] != task.tokenizer.eos for _, _, y in answered])
+        scores = raw - args.ending_penalty * raw.std(unbiased=False) * cut_off
         rows = []                                           # (prompt to train on, plain prompt, response)
         for k, group in enumerate(quantiles(scores, args.count)[:None if args.quantiles == "all" else 1]):
             for i in group:
@@ -855,7 +887,7 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
                     (loss * world).backward()
                     loss_sum += loss.item()
                     sums += torch.stack([torch.ones_like(logp).sum(), -logp.sum(), kl.sum(), entropy.sum()]
-                                        ).detach().double().cpu() * bool(mine)
+                                        ).detach().cpu().double() * bool(mine)
                 loss_sum, stopping = all_sum([loss_sum, stop.requested], device)
                 if not math.isfinite(loss_sum):
                     raise FloatingPointError(f"step {step}: the loss is {loss_sum}")
@@ -869,16 +901,21 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
         # --- report, measure and save
         count, nll, kl, entropy = all_sum(sums.tolist(), device)
         rollout_time, scoring_time, update_time = (b - a for a, b in zip(clock, clock[1:]))
-        metrics({"step": step, "reward": scores.mean().item(), "nll": nll / count, "kl": kl / count,
+        metrics({"step": step, "reward": raw.mean().item(), "nll": nll / count, "kl": kl / count,
                  "entropy": entropy / count, "lr": lr, "grad_norm": norm.item(),
-                 "ended": sum(y[-1] == task.tokenizer.eos for _, _, y in answered) / len(answered),
+                 "ended": 1 - cut_off.float().mean().item(),
                  "length": sum(len(y) for _, _, y in answered) / len(answered), "seconds_rollout": rollout_time,
                  "seconds_scoring": scoring_time, "seconds_update": update_time})
-        if task.judge and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        if task.judge and due:
             curve.append(validate(model, reward, task, args, step + 1, rank, world, token))
             keep_best(model, out, curve, rank)
-        bar.set_postfix(reward=f"{scores.mean().item():.2f}", judge=f"{curve[-1]['judge']:.3f}" if curve else "none")
-        if stopping or (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if rank == 0 and due:
+            write_json_lines(out / "samples.jsonl", [
+                {"step": step, "instruction": asked[i]["instruction"], "score": scores[i].item(),
+                 "output": readable(task.tokenizer, y)} for i, _, y in answered[:20]])
+        bar.set_postfix(reward=f"{raw.mean().item():.2f}", judge=f"{curve[-1]['judge']:.3f}" if curve else "none")
+        if stopping or (due or (step + 1) % args.save_every == 0) and step + 1 < args.steps:
             save_resume(out / "resume.pt", model, optimizer,
                         {"step": step + 1, "curve": json.dumps(curve), "run": vars(args)}, rank)
         if stopping:
@@ -895,6 +932,10 @@ def main(argv=None):
     if args.stage == "both":
         common = ["--seed", str(args.seed), "--noise", str(args.noise), "--device", args.device]
         return main(["reward", *common]) or main(["ppo", *common])
+
+    if args.dtype in ("bfloat16", "float16") and not args.lora_rank:
+        raise InputError(f"--dtype {args.dtype} with all weights: at these learning rates rounding swallows the "
+                         "updates: give --lora-rank 16, or leave --dtype at float32")
 
     # --- set-up (this block is the same in the three train scripts)
     rank, world, device = setup_distributed(args.device)
