@@ -218,7 +218,7 @@ def plot(path, panels):
                   f'<text x="{x0 + w / 2}" y="{y0 + h + 34}" text-anchor="middle">{label}</text>']
         for i in range(5):
             x, y = min(xs) + (max(xs) - min(xs)) * i / 4, low + (high - low) * i / 4
-            parts += [f'<text x="{at_x(x):.0f}" y="{y0 + h + 16}" text-anchor="middle" fill="#555">{x:.4g}</text>',
+            parts += [f'<text x="{at_x(x):.0f}" y="{y0 + h + 16}" text-anchor="middle" fill="#555">{x:.3g}</text>',
                       f'<text x="{x0 - 6}" y="{at_y(y) + 4:.0f}" text-anchor="end" fill="#555">{y:.2f}</text>']
         for color, (row, (name, (xs_, means, errors))) in zip(colors, enumerate(lines.items())):
             points = [(at_x(x), at_y(m), at_y(m - e), at_y(m + e)) for x, m, e in zip(xs_, means, errors)]

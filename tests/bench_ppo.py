@@ -90,7 +90,8 @@ class PlainPPO:
 def ours(sft, reward, asked, count, batch, new, steps, folder):
     """Seconds by phase and tokens of each step of train_ppo.py, the first left out."""
     flags = {"model": sft, "reward": reward, "data": asked, "format": "short", "rollouts": count, "batch-size": batch,
-             "micro-batch-size": batch, "max-new-tokens": new, "steps": steps + 1, "out": folder, "device": "cpu"}
+             "micro-batch-size": batch, "max-new-tokens": new, "steps": steps + 1, "warmup": 1, "out": folder,
+             "device": "cpu"}
     subprocess.run([sys.executable, str(ROOT / "train_ppo.py"), "ppo",
                     *[word for k, v in flags.items() for word in (f"--{k}", str(v))]], check=True, capture_output=True)
     return [([r[f"seconds_{p}"] for p in PHASES], r["tokens"]) for r in read_json(folder / "metrics.jsonl")[1:]]
@@ -144,7 +145,7 @@ def main():
     policy.save_pretrained(folder / "policy", tokenizer, extra={"prompt_format": "short"})
     RewardModel(config).save_pretrained(folder / "reward", tokenizer, extra={"prompt_format": "short"})
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:.0f} M parameters, random weights")
-    table("a LLaMA of that size", folder / "policy", folder / "reward", tokenizer, asked, 16, 8, 64, 1, 3)
+    table("a LLaMA of that size", folder / "policy", folder / "reward", tokenizer, asked, 8, 4, 48, 1, 3)
 
 
 if __name__ == "__main__":
