@@ -3,11 +3,12 @@
   python tests/bench_ppo.py             the built-in world's models (made if they are not there) and a 106 M LLaMA
 
 Both do the same work in one run, alternately: as many rollouts of the same instructions at temperature 1 with the same
-length limit, the same number of epochs and updates, all weights trained, fp32. The plain step is what a loop around
-transformers looks like: generate() on left-padded prompts, log-softmax of full logits over prompt and response for the
-policy and the reference, every row padded to the longest, all rows until the last one ends. (TRL's own PPO trainer is
-not among this repository's test requirements.) Ours is train_ppo.py as it is launched; its seconds are those of its
-metrics.jsonl. Rates are response tokens a second; medians over steps, the first of each run left out.
+length limit, the same number of epochs and updates, all weights trained, fp32, at learning rate 0, so that answers stay
+as long as they are. The plain step is what a loop around transformers looks like: generate() on left-padded prompts,
+log-softmax of full logits over prompt and response for the policy and the reference, every row padded to the longest,
+all rows until the last one ends. (TRL's own PPO trainer is not among this repository's test requirements.) Ours is
+train_ppo.py as it is launched; its seconds are those of its metrics.jsonl. Rates are response tokens a second, medians
+over steps; the first step of each run is left out.
 """
 import copy
 import json
@@ -39,7 +40,7 @@ class PlainPPO:
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
         self.reward, self.critic = classifier.requires_grad_(False), copy.deepcopy(classifier).requires_grad_(True)
-        self.optimizer = torch.optim.AdamW([*self.policy.parameters(), *self.critic.parameters()], lr=1e-5, eps=1e-5)
+        self.optimizer = torch.optim.AdamW([*self.policy.parameters(), *self.critic.parameters()], lr=0.0, eps=1e-5)
         self.tokenizer, self.count, self.batch, self.new = tokenizer, count, batch, new
 
     def logp(self, model, tokens, mask, width):
@@ -90,8 +91,8 @@ class PlainPPO:
 def ours(sft, reward, asked, count, batch, new, steps, folder):
     """Seconds by phase and tokens of each step of train_ppo.py, the first left out."""
     flags = {"model": sft, "reward": reward, "data": asked, "format": "short", "rollouts": count, "batch-size": batch,
-             "micro-batch-size": batch, "max-new-tokens": new, "steps": steps + 1, "warmup": 1, "out": folder,
-             "device": "cpu"}
+             "micro-batch-size": batch, "max-new-tokens": new, "steps": steps + 1, "warmup": 1, "lr": 0.0,
+             "out": folder, "device": "cpu"}
     subprocess.run([sys.executable, str(ROOT / "train_ppo.py"), "ppo",
                     *[word for k, v in flags.items() for word in (f"--{k}", str(v))]], check=True, capture_output=True)
     return [([r[f"seconds_{p}"] for p in PHASES], r["tokens"]) for r in read_json(folder / "metrics.jsonl")[1:]]
