@@ -413,8 +413,8 @@ def load_task(args, device, rank, world):
     if args.judge and Path(args.judge).resolve() == Path(args.reward).resolve():
         raise InputError(f"--judge {args.judge} is the --reward: it cannot see over-optimization; train a second one "
                          "on other pairs")
-    if args.steps <= args.warmup:
-        raise InputError(f"--steps {args.steps} is not more than --warmup {args.warmup}: the rate would not reach --lr")
+    if args.steps < args.warmup:
+        raise InputError(f"--steps {args.steps} is less than --warmup {args.warmup}: the rate would not come near --lr")
     for name in ("model", "reward"):
         recorded = read_config(getattr(args, name), quiet=True)[1].get("prompt_format", args.format)
         if recorded != args.format:

@@ -528,7 +528,8 @@ def test_stopping_and_resuming_is_bitwise_not_stopping(name, base, files, reward
     """Optimizer, beta, the scores' scale, the curve or the reference lost on the way; and a stop that is not heard."""
     more = ["--save-every", 2]
     if VARIANTS[name][0] in ("ppo", "quark"):
-        more += ["--validation", files["validation"], "--judge", rewards["whole"], "--eval-every", 2]
+        judge = rewards["whole" if name == "ppo-lora" else "adapter"]
+        more += ["--validation", files["validation"], "--judge", judge, "--eval-every", 2]
     argv = {d: variant(name, base, files, rewards, tmp_path / d, *more)[1] for d in ("whole", "killed", "stopped")}
     stage = VARIANTS[name][0]
     assert train_ppo.main(argv["whole"]) == 0
@@ -635,8 +636,8 @@ def test_the_gradient_of_a_ppo_step(released, base, files, rewards, tmp_path, mo
     rows, width = sorted(seen[0]), 14
     args = ppo_args("--max-new-tokens", width, *["--released"] * released)
     scores = torch.tensor([r.score for r in rows])
-    found, _ = train_ppo.process(rows, args.beta, [scores.mean().item(), scores.std().item()], args, data.Tokenizer
-                                 .from_pretrained(base).eos, 1)
+    scale = [scores.mean().item(), scores.std(unbiased=False).item()]
+    found, _ = train_ppo.process(rows, args.beta, scale, args, data.Tokenizer.from_pretrained(base).eos, 1)
     policy, critic = LLaMA.from_pretrained(base, F64), RewardModel.from_pretrained(rewards["whole"], F64)
     policy_losses, value_losses = [], []
     for b, r in enumerate(rows):
@@ -714,7 +715,8 @@ def test_quarks_rows_and_loss(base, files, rewards, tmp_path, monkeypatch):
     tokenizer, model = data.Tokenizer.from_pretrained(base), LLaMA.from_pretrained(base, F64)
     reward = RewardModel.from_pretrained(rewards["whole"], F64)
     answered = seen[0]
-    scores = torch.tensor([reward(*data.pad([x + y])).item() - 3 * (y[-1] != tokenizer.eos) for _, x, y in answered])
+    raw = torch.tensor([reward(*data.pad([x + y])).item() for _, x, y in answered])
+    scores = raw - 3 * raw.std(unbiased=False) * torch.tensor([y[-1] != tokenizer.eos for _, _, y in answered])
     order = torch.argsort(scores, descending=True).tolist()
     wanted, rows = {}, []
     for rank, i in enumerate(order):
@@ -737,7 +739,7 @@ def test_quarks_rows_and_loss(base, files, rewards, tmp_path, monkeypatch):
     grads = torch.autograd.grad(torch.cat(parts).mean(), list(model.parameters()))
     line, = metrics(tmp_path / "out")
     assert line["grad_norm"] == pytest.approx(math.sqrt(sum((g ** 2).sum().item() for g in grads)), rel=1e-6)
-    assert line["reward"] == pytest.approx(scores.mean().item(), abs=1e-6)
+    assert line["reward"] == pytest.approx(raw.mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("quantiles,token", [("all", 0), ("best", None)])
@@ -746,7 +748,7 @@ def test_quark_is_asked_for_the_best(quantiles, token, base, files, rewards, tmp
     asked, scored = [], []
     inner, score = train_ppo.generate, train_ppo.score
     monkeypatch.setattr(train_ppo, "generate", lambda *a, **k: (asked.append(a[1]), inner(*a, **k))[1])
-    monkeypatch.setattr(train_ppo, "score", lambda m, rows, **k: (scored.append(rows), score(m, rows, **k))[1])
+    monkeypatch.setattr(train_ppo, "score", lambda m, rows, *rest: (scored.append(rows), score(m, rows, *rest))[1])
     train_ppo.main(flags("quark", base, files, tmp_path / "out", "--quantiles", quantiles, "--count", 2, "--steps", 3,
                          reward=rewards["whole"]))
     control = [data.Tokenizer.from_pretrained(base).sp.piece_to_id(f"<0x{b:02X}>") for b in range(0xF8, 0x100)]
