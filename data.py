@@ -19,13 +19,17 @@ data can be downloaded:
 """
 import argparse
 import codecs
+import contextlib
+import difflib
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +38,69 @@ import numpy as np
 import requests
 import sentencepiece
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from losses import IGNORE
-from model import InputError, launch, print0, read_config, replacing, within
+
+IGNORE = -100      # the target of positions that no loss looks at (prompt and padding)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors, files and flags, shared by all scripts
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, where and what to do about it. The scripts
+    print it as one line; any other exception is a bug of ours and keeps its traceback."""
+
+
+def print0(*args):
+    """print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def run_main(main):
+    """What a script does when it is launched: main(), and one line for a mistake in its input. Under torchrun a process
+    leaves at once when all ranks are done: in the interpreter's own shutdown, gloo's threads can end in the wrong
+    order and abort a run that has succeeded."""
+    try:
+        code = main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def in_range(kind, low, high=math.inf):
+    """A type for argparse: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} from {low}{f' to {high}' if high < math.inf else ' up'}"
+    return parse
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path` that takes its name at the end, if all went well: a reader, or a run that
+    resumes after a crash, finds the old file or the new one and never half of one."""
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,16 +129,13 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, directory):
         """The tokenizer of a model directory, checked against its config.json: before any weights are read."""
-        config, _ = read_config(directory, quiet=True)
         path = Path(directory) / "tokenizer.model"
-        if (Path(directory) / "params.json").is_file() and not path.is_file():      # Meta's download has it one above
-            path = Path(directory).resolve().parent / "tokenizer.model"
         if not path.is_file():
             other = " (its tokenizer.json is of another kind)" if (path.parent / "tokenizer.json").is_file() else ""
             raise InputError(f"{path}: no sentencepiece tokenizer here{other}: LLaMA and LLaMA 2 checkpoints have one, "
                              "LLaMA 3's do not")
         tokenizer = cls(path.read_bytes(), path)
-        tokenizer.check(config, directory)
+        tokenizer.check(json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))["vocab_size"], directory)
         tokenizer.files = {p.name: p.read_bytes() for p in map(Path(directory).joinpath, (
             "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
             "chat_template.jinja", "generation_config.json")) if p.is_file()}
@@ -91,11 +151,11 @@ class Tokenizer:
             remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2)
         return cls(out.getvalue())
 
-    def check(self, config, source):
+    def check(self, vocab_size, source):
         """The model must have a row of embeddings for every id that this tokenizer can give; else InputError."""
-        if self.vocab_size > config.vocab_size:
+        if self.vocab_size > vocab_size:
             raise InputError(f"{source}: the tokenizer has {self.vocab_size} pieces, the model's vocabulary only "
-                             f"{config.vocab_size}: they do not belong together")
+                             f"{vocab_size}: they do not belong together")
 
     def save(self, directory):
         """Writes tokenizer.model and, for transformers and vLLM, the same as tokenizer.json with its config; one that
@@ -198,7 +258,7 @@ def format_prompt(record, form, judgment=None):
         template = with_input
     elif extra:
         instruction = f"{instruction}\n{extra}"
-    return fill_in(template, instruction=instruction, input=extra, judgment=judgment)
+    return fill_template(template, instruction=instruction, input=extra, judgment=judgment)
 
 
 def prompt_ids(tokenizer, record, form, judgment=None):
@@ -209,7 +269,7 @@ def prompt_ids(tokenizer, record, form, judgment=None):
     return tokenizer.encode_prompt(format_prompt(record, form, judgment), control)
 
 
-def fill_in(template, **fields):
+def fill_template(template, **fields):
     """The template with its {fields} replaced. It is cut at its fields once, so whatever a text contains, braces and
     names of other fields included, stays text; str.replace one after the other would let a text capture the next."""
     parts = re.split(r"\{(\w+)\}", template)                                # text, field, text, field, ..., text
@@ -262,7 +322,7 @@ def read_json(path, empty=False):
 
 def write_json_lines(path, records):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
@@ -433,12 +493,12 @@ def _read_shepherd_raw(path, i, r):
 def read_judge_training(path):
     """Judged responses as demonstrations for a model that is to judge: the prompt of simulate.py's judges -> judgment,
     or Perfect. (train_sft.py --recipe judge)"""
-    return [{"id": r["id"], "instruction": f"{JUDGE_SYSTEM}\n\n" + fill_in(JUDGE_USER, instruction=r["instruction"] + (
+    return [{"id": r["id"], "instruction": f"{JUDGE_SYSTEM}\n\n" + fill_template(JUDGE_USER, instruction=r["instruction"] + (
              f"\n\n{r['input']}" if r.get("input") else ""), output=r["output"]), "input": "", "judgment": None,
              "output": r["judgment"] or "Perfect."} for r in read_judged(path, filter_noise=True)]
 
 
-def better_and_worse(record):
+def chosen_and_rejected(record):
     """The two texts of a preference record, the preferred one first."""
     first, second = record["output_1"], record["output_2"]
     return (first, second) if record["preference"] < 1.5 else (second, first)
@@ -446,14 +506,14 @@ def better_and_worse(record):
 
 def read_feedme(path):
     """Binary FeedME (AlpacaFarm section 4.2): the preferred output of every pair, as a demonstration."""
-    return [{**r, "output": better_and_worse(r)[0], "judgment": None} for r in read_preferences(path)]
+    return [{**r, "output": chosen_and_rejected(r)[0], "judgment": None} for r in read_preferences(path)]
 
 
 def read_conditioning(path):
     """Binary reward conditioning (AlpacaFarm section 4.3): both outputs of every pair as demonstrations, the preferred
     one after control token 0, the other after 1. Answers are later asked for with 0."""
     return [{**r, "id": f"{r.get('id', i)}-{k}", "output": text, "judgment": None, "reward_token": k}
-            for i, r in enumerate(read_preferences(path)) for k, text in enumerate(better_and_worse(r))]
+            for i, r in enumerate(read_preferences(path)) for k, text in enumerate(chosen_and_rejected(r))]
 
 
 def read_forward(path):
@@ -570,7 +630,7 @@ class Batches:
         return batch[np.argsort(-self.lengths[batch], kind="stable")].tolist()
 
 
-def split(items, size):
+def chunks(items, size):
     """Consecutive parts of at most `size` items, as even as they come."""
     count = -(-len(items) // size)
     return [items[len(items) * i // count:len(items) * (i + 1) // count] for i in range(count)]
@@ -710,7 +770,7 @@ class World:
     def demonstrations(self, count, judge, stream="sft"):
         """SFT data: careless demonstrations and, for each, a corrupted copy with the judgment that compares it with the
         *demonstration* (so that no truth leaks), which teaches the model to read judgments. One copy in ten is left as
-        it is and called correct. judge: simulate.judge_reference or another function of (response, reference)."""
+        it is and called correct. judge: judge_reference or another function of (response, reference)."""
         rng = random.Random(f"demonstrations {self.seed} {stream}")
         pool = self.instructions("train", min(count, 8000), stream)
         records = []
@@ -749,6 +809,73 @@ def world_tokenizer():
              "The answer is", "lives in the eats is", "It leaves out after before the end", "does not belong",
              "All of it is right.", "There is nothing more to say Something is missing"]
     return Tokenizer.train([t for t in texts for _ in range(3)], 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge that knows the world's truth
+
+
+def differences(response, reference):
+    """Word diff of two texts: a list of (begin, end, right words), "words begin .. end - 1 of the response should be
+    these". begin == end: something is missing before that word."""
+    a, b = units(response), units(reference)
+    blocks = difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes()
+    return [(i1, i2, b[j1:j2]) for kind, i1, i2, j1, j2 in blocks if kind != "equal"]
+
+
+def count_errors(response, reference):
+    """Number of wrong, missing and superfluous words."""
+    return sum(max(end - begin, len(right)) for begin, end, right in differences(response, reference))
+
+
+def wrong_words(response, reference):
+    """Indices of the wrong words of a response; a missing word counts at the word after it (the number of words stands
+    for the end)."""
+    return {i for begin, end, _ in differences(response, reference) for i in range(begin, max(end, begin + 1))}
+
+
+def judge_reference(response, reference, style="corrects", most=3):
+    """What a reader who knows the right answer says of a response, or None if nothing is wrong with it.
+
+    style "corrects" names the wrong words and the right ones; "points" never says what would be right. At most `most`
+    faults are listed. The quotation is of the same clause, at most four words before the fault."""
+    words, sentences = units(response), []
+    for begin, end, right in differences(response, reference)[:most]:
+        start = begin
+        while start > max(0, begin - 4) and words[start - 1] not in (",", "and"):
+            start -= 1
+        before, wrong = join(words[start:begin]), join(words[begin:end])
+        said = join(words[start:end])
+        if not wrong:
+            what = "Something is missing" if style == "points" else f"It leaves out {join(right)}"
+            behind = join(words[begin:begin + 3]).rstrip(" .") or "the end"
+            sentences.append(f"{what} after {before}." if before else f"{what} before {behind}.")
+        elif not right:
+            sentences.append(f"It says {said} and {wrong} does not belong.")
+        elif style == "points":
+            sentences.append(f"It says {said} and {wrong} is wrong.")
+        else:
+            sentences.append(f"It says {said} where it should say {join(right)}.")
+    return " ".join(sentences) or None
+
+
+def judge_corrects(response, reference):
+    return judge_reference(response, reference, "corrects")
+
+
+def judge_points(response, reference):
+    return judge_reference(response, reference, "points")
+
+
+JUDGES = {"corrects": judge_corrects, "points": judge_points}
+
+
+def corrected(response, reference, most=3):
+    """The response with the faults mended that judge_corrects lists: the answer that its judgment states."""
+    words = units(response)
+    for begin, end, right in reversed(differences(response, reference)[:most]):
+        words[begin:end] = right
+    return join(words)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -828,7 +955,7 @@ def parse(argv):
     p = argparse.ArgumentParser(description="Downloads published data, resumably and checked, or writes the world's.")
     p.add_argument("names", nargs="+", choices=[*DOWNLOADS, "world"], help="which data; world: instructions to try on")
     p.add_argument("--to", default="data", help="folder")
-    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world")
+    p.add_argument("--seed", type=in_range(int, 0), default=0, help="of the world")
     return p.parse_args(argv)
 
 
@@ -846,4 +973,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

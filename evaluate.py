@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from data import FORMATS, InputError, Tokenizer, World, collate, read_outputs, read_preferences, write_json_lines
-from model import DTYPES, LLaMA, launch, print0, read_config, setup_distributed, within, write_json
-from simulate import JUDGES, conditioned, count_errors, mean_and_se, respond, score_texts, wrong_words
+from data import (FORMATS, JUDGES, InputError, Tokenizer, World, collate, count_errors, in_range, print0, read_outputs,
+                  read_preferences, run_main, write_json, write_json_lines, wrong_words)
+from model import DTYPES, LLaMA, rank, read_config, setup_device
+from simulate import conditioned, mean_and_se, sample_responses, score_texts
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
 
@@ -30,10 +31,10 @@ def win_rate(errors, reference_errors):
     return mean_and_se([0.5 * (1 + (b > a) - (b < a)) for a, b in zip(errors, reference_errors)])
 
 
-def answer_errors(model, tokenizer, records, form, rank=0, world=1):
+def answer_errors(model, tokenizer, records, prompt_format):
     """Greedy answers to records with a `reference`: (texts, number of wrong words of each)."""
-    texts = [ys[0] for ys in respond(model, tokenizer, records, form, max_new_tokens=MAX_NEW_TOKENS, temperature=0,
-                                     seed=0, rank=rank, world=world, label="evaluating")]
+    texts = [ys[0] for ys in sample_responses(model, tokenizer, records, prompt_format, max_new_tokens=MAX_NEW_TOKENS,
+                                              temperature=0, seed=0, label="evaluating")]
     return texts, [count_errors(text, r["reference"]) if text != r["reference"] else 0
                    for text, r in zip(texts, records)]
 
@@ -47,7 +48,7 @@ def exact_match(errors):
 
 
 @torch.no_grad()
-def pair_logp(model, examples, device, batch_size=64):
+def judged_and_plain_logp(model, examples, device, batch_size=64):
     """Log-probabilities of bad responses after (x, j-) and after x: a list of (2, tokens of the response) tensors."""
     logp, was_training = [], model.training
     model.eval()                                                            # dropout would make the two readings differ
@@ -320,7 +321,7 @@ def sample_scores(sft, rewards, records, path):
     of `rewards` ({name: directory}) lists of its scores}. Kept in `path`."""
     if not path.is_file():
         tokenizer = Tokenizer.from_pretrained(sft)
-        texts = respond(LLaMA.from_pretrained(sft), tokenizer, records, "short", max_new_tokens=MAX_NEW_TOKENS,
+        texts = sample_responses(LLaMA.from_pretrained(sft), tokenizer, records, "short", max_new_tokens=MAX_NEW_TOKENS,
                         temperature=1.0, seed=1, n=SAMPLES, label="sampling")
         found = {"errors": [[count_errors(t, r["reference"]) for t in ys] for ys, r in zip(texts, records)]}
         write_json(path, {**found, **{k: score_texts(d, records, texts, "short") for k, d in rewards.items()}})
@@ -416,19 +417,19 @@ def farm(args):
 
 def score_outputs(args):
     """Prints the mean score that a reward model gives to the outputs of a file; with --out, writes each."""
-    rank, world, device = setup_distributed(args.device)
+    device = setup_device(args.device)
     records = read_outputs(args.data[0])
     scores = [s for s, in score_texts(args.reward, records, [[r["output"]] for r in records], args.format, args.dtype,
-                                      device, args.batch_size, rank, world)]
+                                      device, args.batch_size)]
     print0("{}: {} outputs, reward {:.3f} +- {:.3f}".format(args.data[0], len(records), *mean_and_se(scores)))
-    if rank == 0 and args.out:
+    if rank() == 0 and args.out:
         write_json_lines(args.out, [{**r, "reward": s} for r, s in zip(records, scores)])
     return 0
 
 
 def evaluate_world(args):
     """Exact match and errors of a model on the built-in world; with --against, its win rate."""
-    rank, world, device = setup_distributed(args.device)
+    device = setup_device(args.device)
     found = []
     for directory in filter(None, (args.model, args.against)):
         tokenizer = Tokenizer.from_pretrained(directory)
@@ -436,7 +437,7 @@ def evaluate_world(args):
         seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
         records = conditioned(directory, World(seed).instructions(args.split, 800))
         model = LLaMA.from_pretrained(directory, device=device)
-        _, errors = answer_errors(model, tokenizer, records, raw.get("prompt_format", "short"), rank, world)
+        _, errors = answer_errors(model, tokenizer, records, raw.get("prompt_format", "short"))
         exact, se = mean_and_se([float(e == 0) for e in errors])
         print0(f"{directory}: {len(errors)} {args.split} instructions of world {seed}: exact match {exact:.3f} +- "
                f"{se:.3f}, errors per response {sum(errors) / len(errors):.3f}")
@@ -456,7 +457,7 @@ def parse(argv):
     p.add_argument("--reward", help="score: reward model's directory")
     p.add_argument("--format", choices=FORMATS, help="score: its prompt format (default: what its config.json records)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="score: of weights and arithmetic")
-    p.add_argument("--batch-size", type=within(int, 1), default=64, help="score: outputs side by side")
+    p.add_argument("--batch-size", type=in_range(int, 1), default=64, help="score: outputs side by side")
     p.add_argument("--plot", help="farm: draw over-optimization into this SVG")
     p.add_argument("--labels", help="meter: preferences to compare with, of people or the truth")
     p.add_argument("--model", help="model directory")
@@ -485,4 +486,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

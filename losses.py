@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-IGNORE = -100      # the target of positions that no loss looks at (prompt and padding)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The fused head: hidden states x head weight -> log-sum-exp and gather, one tile of tokens at a time
@@ -321,7 +319,7 @@ def ppo_policy_loss(logp, old_logp, advantages, clip):
 
 
 def ppo_value_loss(values, old_values, returns, clip):
-    """The critic's clipped loss of each token: half the larger of (V - R)^2 and (V' - R)^2, V' being V held within
+    """The critic's clipped loss of each token: half the larger of (V - R)^2 and (V' - R)^2, V' being V held in_range
     `clip` of the value at rollout. Elementwise."""
     held = torch.clamp(values, old_values - clip, old_values + clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)

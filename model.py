@@ -17,7 +17,6 @@ import mmap
 import os
 import pickle
 import signal
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -30,12 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from losses import IGNORE, full_vocabulary, fused_logp, fused_loss
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, where and what to do about it. The scripts
-    print it as one line; any other exception is a bug of ours and keeps its traceback."""
-
+from data import IGNORE, InputError, atomic_write, print0, write_json
+from losses import full_vocabulary, fused_logp, fused_loss
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -462,7 +457,7 @@ class KVCache:
         self.v, self.lengths = self.v[:, rows], self.lengths[rows]
 
 
-def choose(logits, uniform, temperature, top_k=0, top_p=1.0):
+def sample_token(logits, uniform, temperature, top_k=0, top_p=1.0):
     """Draws one token a row by inverse CDF: logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
 
     The draw is a function of (logits, one number), so a row's sample cannot depend on its neighbours. Truncation as
@@ -539,7 +534,7 @@ def _generate_batch(model, prompts, max_new_tokens, eos, n, temperature, top_k, 
     alive = torch.arange(len(fan), device=device)                           # the rows still in the batch
     finished = torch.zeros(len(fan), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        next_token = choose(hidden @ weight.T, uniform[alive, t], temperature, top_k, top_p)    # (rows,)
+        next_token = sample_token(hidden @ weight.T, uniform[alive, t], temperature, top_k, top_p)    # (rows,)
         out[alive, t] = torch.where(finished, eos, next_token)
         finished = finished | (next_token == eos)
         if t + 1 == max_new_tokens:
@@ -671,22 +666,10 @@ def write_safetensors(path, tensors):
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                         # numbers start at a multiple of 8
-    with replacing(path) as temporary, open(temporary, "wb") as f:
+    with atomic_write(path) as temporary, open(temporary, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path` that takes its name at the end, if all went well: a reader, or a run that
-    resumes after a crash, finds the old file or the new one and never half of one."""
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_weights(directory):
@@ -867,11 +850,6 @@ def save_checkpoint_dir(directory, config, state, architecture, tokenizer=None, 
     write_json(d / "config.json", {**raw, **(extra or {})})                 # last: its presence says the rest is there
 
 
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory, known before it is spent
 
@@ -990,12 +968,11 @@ def check_memory(estimate, device):
 # Devices, processes, optimizer, resuming
 
 
-def setup_distributed(device=""):
-    """(rank, world, device) from torchrun's environment; a plain `python` is rank 0 of 1. device "" picks CUDA, then
-    Apple MPS, then CPU. Every rank must reach every collective: no `if rank == 0` around anything that syncs."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def setup_device(device=""):
+    """The device of this process; joins torchrun's process group if there is one. device "" picks CUDA, then Apple MPS,
+    then CPU. Every rank must reach every collective: no `if rank() == 0` around anything that communicates."""
     if not device:
-        mps = torch.backends.mps.is_available() and world == 1             # MPS has no collectives
+        mps = torch.backends.mps.is_available() and world_size() == 1             # MPS has no collectives
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(device)
@@ -1011,37 +988,39 @@ def setup_distributed(device=""):
         # log-probabilities move by 0.001 (rounding simulated at width 4,096); CUT's test has to resolve 0.095.
         torch.set_float32_matmul_precision("high")
         print0("fp32 products run in TF32: 10 bits of mantissa, which is exact for bf16 weights")
-    if world > 1 and not dist.is_initialized():
+    if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return device
 
 
-def launch(main):
-    """What a script does when it is launched: main(), and one line for a mistake in its input. Under torchrun a process
-    leaves at once when all ranks are done: in the interpreter's own shutdown, gloo's threads can end in the wrong
-    order and abort a run that has succeeded."""
-    try:
-        code = main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+def rank():
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """Number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items):
+    """This rank's part of a list that all ranks have: every world_size-th item."""
+    return items[rank()::world_size()]
+
+
+def barrier():
+    """Waits until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
-def print0(*args):
-    """print on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*args, flush=True)
-
-
-def all_sum(values, device):
-    """Sums a list of numbers over all ranks, in float64 where the device has it."""
-    t = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(t)
+def all_sum(values):
+    """Sums a list of numbers over all ranks, in float64."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t)
     return t.tolist()
 
 
@@ -1049,7 +1028,7 @@ def gather_lists(items):
     """Concatenates every rank's list, in rank order, on every rank."""
     if not dist.is_initialized():
         return list(items)
-    parts = [None] * dist.get_world_size()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, list(items))
     return [x for part in parts for x in part]
 
@@ -1122,7 +1101,7 @@ def save_resume(path, model, optimizer, state, rank):
         for torn in Path(path).parent.glob(f"{Path(path).name}.tmp-*"):
             torn.unlink()                                                   # left by a kill -9 in the middle of a save
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save({"model": trained, "optimizer": optimizer.state_dict(), "state": state}, temporary)
 
 
@@ -1149,17 +1128,6 @@ def load_resume(path, model, optimizer, run):
             p.copy_(saved["model"][name])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
-
-
-def within(kind, low, high=math.inf):
-    """A type for argparse: an int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} from {low}{f' to {high}' if high < math.inf else ' up'}"
-    return parse
 
 
 class StopSignal:

@@ -18,7 +18,6 @@ truth; sampling; the API client; API judges and the 13 annotators; preferences w
 import argparse
 import concurrent.futures
 import datetime
-import difflib
 import email.utils
 import hashlib
 import json
@@ -35,77 +34,13 @@ import requests
 import torch
 from tqdm import tqdm
 
-from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, Tokenizer, fill_in, join, pad, prompt_ids, read_instructions,
-                  read_judged, read_outputs, read_pairs, split, units, write_json_lines)
-from model import (DTYPES, InputError, LLaMA, RewardModel, gather_lists, generate, launch, print0, read_config,
-                   setup_distributed, within, write_json)
+from data import (FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, InputError, Tokenizer, World, corrected, count_errors, in_range, print0, run_main, write_json, fill_template, join, pad, prompt_ids, read_instructions,
+                  read_judged, read_outputs, read_pairs, chunks, units, write_json_lines)
+from model import (DTYPES, LLaMA, RewardModel, barrier, gather_lists, generate, rank, read_config, setup_device, share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The judge that knows the truth
-
-
-def differences(response, reference):
-    """Word diff of two texts: a list of (begin, end, right words), "words begin .. end - 1 of the response should be
-    these". begin == end: something is missing before that word."""
-    a, b = units(response), units(reference)
-    blocks = difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes()
-    return [(i1, i2, b[j1:j2]) for kind, i1, i2, j1, j2 in blocks if kind != "equal"]
-
-
-def count_errors(response, reference):
-    """Number of wrong, missing and superfluous words."""
-    return sum(max(end - begin, len(right)) for begin, end, right in differences(response, reference))
-
-
-def wrong_words(response, reference):
-    """Indices of the wrong words of a response; a missing word counts at the word after it (the number of words stands
-    for the end)."""
-    return {i for begin, end, _ in differences(response, reference) for i in range(begin, max(end, begin + 1))}
-
-
-def judge_reference(response, reference, style="corrects", most=3):
-    """What a reader who knows the right answer says of a response, or None if nothing is wrong with it.
-
-    style "corrects" names the wrong words and the right ones; "points" never says what would be right. At most `most`
-    faults are listed. The quotation is of the same clause, at most four words before the fault."""
-    words, sentences = units(response), []
-    for begin, end, right in differences(response, reference)[:most]:
-        start = begin
-        while start > max(0, begin - 4) and words[start - 1] not in (",", "and"):
-            start -= 1
-        before, wrong = join(words[start:begin]), join(words[begin:end])
-        said = join(words[start:end])
-        if not wrong:
-            what = "Something is missing" if style == "points" else f"It leaves out {join(right)}"
-            behind = join(words[begin:begin + 3]).rstrip(" .") or "the end"
-            sentences.append(f"{what} after {before}." if before else f"{what} before {behind}.")
-        elif not right:
-            sentences.append(f"It says {said} and {wrong} does not belong.")
-        elif style == "points":
-            sentences.append(f"It says {said} and {wrong} is wrong.")
-        else:
-            sentences.append(f"It says {said} where it should say {join(right)}.")
-    return " ".join(sentences) or None
-
-
-def judge_corrects(response, reference):
-    return judge_reference(response, reference, "corrects")
-
-
-def judge_points(response, reference):
-    return judge_reference(response, reference, "points")
-
-
-JUDGES = {"corrects": judge_corrects, "points": judge_points}
-
-
-def corrected(response, reference, most=3):
-    """The response with the faults mended that judge_corrects lists: the answer that its judgment states."""
-    words = units(response)
-    for begin, end, right in reversed(differences(response, reference)[:most]):
-        words[begin:end] = right
-    return join(words)
 
 
 def mean_and_se(values):
@@ -119,15 +54,15 @@ def mean_and_se(values):
 # Sampling
 
 
-def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, seed, n=1, top_p=1.0, top_k=0,
-            batch_size=512, rank=0, world=1, numbers=None, label="sampling"):
+def sample_responses(model, tokenizer, records, form, *, max_new_tokens, temperature, seed, n=1, top_p=1.0, top_k=0,
+            batch_size=512, numbers=None, label="sampling"):
     """Answers every record: a list with n texts for each, the same on all ranks and for any number of ranks. `numbers`
     are the records' numbers in their file (default 0, 1, 2, ...): randomness belongs to the number, so that a file can
     be done in parts."""
     numbers = range(len(records)) if numbers is None else numbers
-    rows = list(range(len(records)))[rank::world]
+    rows = share(list(range(len(records))))
     prompts = [prompt_ids(tokenizer, records[i], form) for i in rows]
-    with tqdm(total=n * len(rows), desc=label, disable=rank > 0 or not label, leave=False, unit="response",
+    with tqdm(total=n * len(rows), desc=label, disable=rank() > 0 or not label, leave=False, unit="response",
               delay=1) as bar:
         ids = generate(model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
                        top_k=top_k, seed=seed, rows=[numbers[i] for i in rows], batch_size=batch_size,
@@ -137,27 +72,26 @@ def respond(model, tokenizer, records, form, *, max_new_tokens, temperature, see
 
 
 @torch.no_grad()
-def score(model, sequences, batch_size=64, rank=0, world=1, label=None):
+def reward_scores(model, sequences, batch_size=64, label=None):
     """A reward model's scores of lists of ids, prompt + response: one float each, the same on all ranks."""
-    mine = sorted(range(len(sequences))[rank::world], key=lambda i: len(sequences[i]))      # like lengths together
+    mine = sorted(share(range(len(sequences))), key=lambda i: len(sequences[i]))      # like lengths together
     device, found = model.score.weight.device, {}
-    with tqdm(total=len(mine), desc=label, disable=rank > 0 or not label, leave=False, unit="response", delay=1) as bar:
-        for part in split(mine, batch_size) if mine else []:
+    with tqdm(total=len(mine), desc=label, disable=rank() > 0 or not label, leave=False, unit="response", delay=1) as bar:
+        for part in chunks(mine, batch_size) if mine else []:
             found.update(zip(part, model(*pad([sequences[i] for i in part], device)).tolist()))
             bar.update(len(part))
     found = dict(gather_lists(found.items()))
     return [found[i] for i in range(len(sequences))]
 
 
-def score_texts(directory, records, texts, form=None, dtype="float32", device="cpu", batch_size=64, rank=0, world=1,
-                most=None):
+def score_texts(directory, records, texts, form=None, dtype="float32", device="cpu", batch_size=64, most=None):
     """The scores that the reward model in `directory` gives to lists of texts, one list for each record. A text counts
     as ended, EOS is scored with it, unless it has `most` tokens: there it was cut off."""
     tokenizer, form = Tokenizer.from_pretrained(directory), model_format(directory, form)
     model = RewardModel.from_pretrained(directory, DTYPES[dtype], device)
     sequences = [prompt_ids(tokenizer, {**r, "reward_token": None}, form) + tokenizer.encode_response(text)[:most]
                  for r, mine in zip(records, texts) for text in mine]
-    flat = iter(score(model, sequences, batch_size, rank, world, "scoring"))
+    flat = iter(reward_scores(model, sequences, batch_size, "scoring"))
     return [[next(flat) for _ in mine] for mine in texts]
 
 
@@ -393,7 +327,7 @@ def retry_after(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Prompts of the API judges. Texts go in by fill_in and into messages of their own role, so no output can pose as
+# Prompts of the API judges. Texts go in by fill_template and into messages of their own role, so no output can pose as
 # another field or close a message.
 
 REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\n"
@@ -475,9 +409,9 @@ def annotator_prompt(annotator, pairs, model):
     system = " ".join(filter(None, ["You compare two outputs for the same instruction and say which is better.",
                                     annotator.persona, told]))
     if annotator.example:
-        system += ("\n\nAn example:\n" + fill_in(PAIR, number="1", instruction="What is 2 plus 2?", a="It is 5.",
+        system += ("\n\nAn example:\n" + fill_template(PAIR, number="1", instruction="What is 2 plus 2?", a="It is 5.",
                                                   b="4") + f"\n{answer}")
-    shown = [fill_in(PAIR, number=str(i), instruction=whole_instruction(r), a=r["output_1"], b=r["output_2"])
+    shown = [fill_template(PAIR, number=str(i), instruction=whole_instruction(r), a=r["output_1"], b=r["output_2"])
              for i, r in enumerate(pairs, 1)]
     return chat(model, "\n".join(shown), system, temperature=1.0, max_tokens=tokens * annotator.pairs)
 
@@ -625,6 +559,30 @@ def prefer(pairs, pool, annotate, noise=0.0, seed=0):
             for i, (r, label) in enumerate(zip(pairs, labels)) if label is not None], failed
 
 
+def built_in_preferences(model, seed, noise, device):
+    """The file of the built-in world's preferences, made when it is not there: of four answers of the SFT model in the
+    directory `model` to each of 30,000 instructions, two different ones, unless they have equally many errors (a tie).
+    The one with fewer is preferred, except that 2 * noise of the labels are coins: AlpacaFarm's noise, which flips a
+    quarter of them at 0.25."""
+    path = Path(f"out/world-{seed}", f"preferences-{noise}.jsonl")
+    if path.is_file():
+        return path
+    tokenizer, policy = Tokenizer.from_pretrained(model), LLaMA.from_pretrained(model, device=device)
+    records = World(seed).instructions("train", 30000, "preferences")
+    texts = sample_responses(policy, tokenizer, records, "short", max_new_tokens=32, temperature=1.0, seed=seed, n=4,
+                             label="sampling pairs")
+    keep = ("id", "instruction", "input", "reference")
+    pairs = pair_up([{**{k: r[k] for k in keep}, "output": [y for y in ys if y.strip()]}
+                     for r, ys in zip(records, texts)], seed)
+    pairs = [r for r in pairs if len({count_errors(r[k], r["reference"]) for k in ("output_1", "output_2")}) > 1]
+    labelled, _ = prefer(pairs, simulated_pool(accuracy=1.0), ask_simulated(seed), noise, seed)
+    if rank() == 0:
+        write_json_lines(path, labelled)
+    barrier()                                                               # the others wait until the file is there
+    print0(f"{path}: {len(labelled)} pairs of different answers to {len(records)} instructions")
+    return path
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The verbs
 
@@ -666,7 +624,7 @@ def answers(args, asks, n=1, system="", label="sampling", whole=False):
         return [found[n * i:n * (i + 1)] for i in range(len(asks))], client
     if not args.model:
         raise InputError("who answers? give --model DIR, or --api URL and --api-model NAME")
-    rank, world, device = setup_distributed(args.device)
+    device = setup_device(args.device)
     tokenizer, form = Tokenizer.from_pretrained(args.model), model_format(args.model, args.format)
     cache = Cache(args.cache or f"{args.out}.cache.jsonl") if args.out else Cache(os.devnull)
     weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(args.model).glob("*model*"))
@@ -675,16 +633,16 @@ def answers(args, asks, n=1, system="", label="sampling", whole=False):
     asks = [{**r, "instruction": f"{system}\n\n{r['instruction']}" if system else r["instruction"]} for r in asks]
     keys = [Cache.key(settings, i, whole_instruction(r)) for i, r in enumerate(asks)]
     todo = [i for i, k in enumerate(keys) if k not in cache.answers]
-    gather_lists([rank])                                                    # no rank writes before all have read
+    barrier()                                                    # no rank writes before all have read
     model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device) if todo else None
-    with tqdm(total=len(todo), desc=label, disable=rank > 0, delay=1, unit="record") as bar:
-        for part in split(todo, max(1, 4 * args.batch_size // n)):
-            texts = respond(model, tokenizer, [asks[i] for i in part], form, max_new_tokens=args.max_new_tokens,
+    with tqdm(total=len(todo), desc=label, disable=rank() > 0, delay=1, unit="record") as bar:
+        for part in chunks(todo, max(1, 4 * args.batch_size // n)):
+            texts = sample_responses(model, tokenizer, [asks[i] for i in part], form, max_new_tokens=args.max_new_tokens,
                             temperature=args.temperature, seed=args.seed, n=n, top_p=args.top_p, top_k=args.top_k,
-                            batch_size=args.batch_size, rank=rank, world=world, numbers=part, label=None)
+                            batch_size=args.batch_size, numbers=part, label=None)
             for i, ys in zip(part, texts):
                 cache.answers[keys[i]] = ys
-                if rank == 0 and args.out:
+                if rank() == 0 and args.out:
                     cache.add(keys[i], ys)
             bar.update(len(part))
     return [[Answer(y) for y in cache.answers[k]] for k in keys], None
@@ -713,7 +671,7 @@ def price_table(per_pair, human=HUMAN_PRICE):
 
 def finish(args, records, failed, client=None, **more):
     """Writes the records, the failed ones apart with their reasons, and the figures of the run; prints a summary."""
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         return 0
     write_json_lines(args.out, records)
     failed_path = Path(f"{args.out}.failed.jsonl")
@@ -761,11 +719,10 @@ def sample(args):
             done.append({**r, "output": texts if len(texts) > 1 else texts[0],
                          "generator": args.api_model or args.model})
     if args.best_of:
-        rank, world, device = setup_distributed(args.device)
+        device = setup_device(args.device)
         texts = [r["output"] if args.best_of > 1 else [r["output"]] for r in done]
         for r, mine, scores in zip(done, texts, score_texts(args.reward, done, texts, dtype=args.dtype, device=device,
-                                                            batch_size=args.batch_size, rank=rank, world=world,
-                                                            most=args.max_new_tokens)):
+                                                            batch_size=args.batch_size, most=args.max_new_tokens)):
             reward, k = max((s, -i) for i, s in enumerate(scores) if mine[i].strip())       # the first, if equal
             r.update(output=mine[-k], reward=reward, generator=f"{r['generator']}, best of {args.best_of}")
     if args.prompt:
@@ -790,7 +747,7 @@ def judge(args):
         return finish(args, [{**r, "judgment": style(r["output"], r["reference"])} for r in records], [])
     check_by(args)
     records = read_outputs(args.data)
-    asks = [{"instruction": fill_in(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
+    asks = [{"instruction": fill_template(JUDGE_USER, instruction=whole_instruction(r), output=r["output"]), "input": ""}
             for r in records]
     found, client = answers(args, asks, system=JUDGE_SYSTEM, label="judging", whole=True)
     if found is None:
@@ -810,7 +767,7 @@ def refine(args):
                                  "--by reference takes corrections from; use --by model or --by api")
         return finish(args, [refined(r, corrected(r["output"], r["reference"])) for r in records], [])
     check_by(args)
-    asks = [{"instruction": fill_in(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
+    asks = [{"instruction": fill_template(REFINE_USER, instruction=whole_instruction(r), output=r["output"],
                                     judgment=r["judgment"]), "input": ""} for r in records]
     found, client = answers(args, asks, label="refining", whole=True)
     if found is None:
@@ -890,33 +847,33 @@ def parse(argv):
     answer, api, files = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     files.add_argument("--data", help="JSON or JSONL to read")
     files.add_argument("--out", help="JSONL to write; beside it .failed.jsonl, .stats.json and .cache.jsonl")
-    files.add_argument("--seed", type=within(int, 0), default=0, help="of every random choice")
+    files.add_argument("--seed", type=in_range(int, 0), default=0, help="of every random choice")
     api.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
     api.add_argument("--api-model", help="the model's name there")
     api.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key, if there is one")
-    api.add_argument("--at-once", type=within(int, 1), default=32, help="calls under way at a time")
-    api.add_argument("--timeout", type=within(float, 0.001), default=120.0, help="seconds to wait for an answer")
-    api.add_argument("--tries", type=within(int, 1), default=8, help="times that a call is sent before it is given up")
-    api.add_argument("--price", type=within(float, 0), nargs=2, metavar=("PROMPT", "COMPLETION"),
+    api.add_argument("--at-once", type=in_range(int, 1), default=32, help="calls under way at a time")
+    api.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
+    api.add_argument("--tries", type=in_range(int, 1), default=8, help="times that a call is sent before it is given up")
+    api.add_argument("--price", type=in_range(float, 0), nargs=2, metavar=("PROMPT", "COMPLETION"),
                      help="dollars per 1M tokens")
-    api.add_argument("--max-cost", type=within(float, 0), help="dollars that this run does not pass")
+    api.add_argument("--max-cost", type=in_range(float, 0), help="dollars that this run does not pass")
     api.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
     api.add_argument("--cache", help="JSONL of answers paid for (default: OUT.cache.jsonl)")
     answer.add_argument("--model", help="model directory in Hugging Face layout")
     answer.add_argument("--format", choices=FORMATS, help="its prompt format (default: what its config.json records)")
-    answer.add_argument("--temperature", type=within(float, 0), help="0 is greedy (default 0.7; 1 with --best-of)")
-    answer.add_argument("--top-p", type=within(float, 0, 1), default=1.0, help="only likeliest tokens with this mass")
-    answer.add_argument("--top-k", type=within(int, 0), default=0, help="only this many likeliest tokens (0: all)")
-    answer.add_argument("--max-new-tokens", type=within(int, 1), default=300, help="an answer is cut off here")
-    answer.add_argument("--batch-size", type=within(int, 1), default=64, help="answers side by side: what fits")
+    answer.add_argument("--temperature", type=in_range(float, 0), help="0 is greedy (default 0.7; 1 with --best-of)")
+    answer.add_argument("--top-p", type=in_range(float, 0, 1), default=1.0, help="only likeliest tokens with this mass")
+    answer.add_argument("--top-k", type=in_range(int, 0), default=0, help="only this many likeliest tokens (0: all)")
+    answer.add_argument("--max-new-tokens", type=in_range(int, 1), default=300, help="an answer is cut off here")
+    answer.add_argument("--batch-size", type=in_range(int, 1), default=64, help="answers side by side: what fits")
     answer.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     answer.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(dest="verb", required=True)
     v = verbs.add_parser("sample", parents=[files, api, answer], help="instructions -> outputs")
     v.add_argument("--prompt", help="one instruction, answered on the terminal")
-    v.add_argument("--outputs", type=within(int, 1), default=1, help="outputs for each instruction")
-    v.add_argument("--best-of", type=within(int, 1), help="draw this many and keep the best by --reward")
+    v.add_argument("--outputs", type=in_range(int, 1), default=1, help="outputs for each instruction")
+    v.add_argument("--best-of", type=in_range(int, 1), help="draw this many and keep the best by --reward")
     v.add_argument("--reward", help="directory of the reward model that says which is best")
     v = verbs.add_parser("judge", parents=[files, api, answer], help="outputs -> judged responses")
     v.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
@@ -928,8 +885,8 @@ def parse(argv):
     v.add_argument("--against", help="outputs of a baseline, output_1 of every pair: prints the win rate of --data")
     v.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
     v.add_argument("--models", nargs="*", default=[], help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
-    v.add_argument("--noise", type=within(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
-    v.add_argument("--accuracy", type=within(float, 0, 1), help="of all simulated annotators (default: 0.75 to 0.95)")
+    v.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
+    v.add_argument("--accuracy", type=in_range(float, 0, 1), help="of all simulated annotators (default: 0.75 to 0.95)")
     v.add_argument("--length-bias", type=float, default=0.0, help="log-odds for the longer output, with --accuracy")
     v.add_argument("--position-bias", type=float, default=0.0, help="log-odds for the first shown, with --accuracy")
     args = p.parse_args(argv)
@@ -952,4 +909,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -23,13 +23,13 @@ from tqdm import tqdm
 import train_sft
 from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downsample_positives, encode,
                   read_json, read_judged, split, write_json_lines)
-from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, pair_logp, win_rate
+from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, judged_and_plain_logp, win_rate
 from losses import cut_token_loss, detect, detection_sums
 from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum,
-                   check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora, open_metrics,
+                   check_memory, run_main, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora, open_metrics,
                    peak_memory, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
-                   within, write_json)
-from simulate import JUDGES, corrected, respond
+                   in_range, write_json)
+from simulate import JUDGES, corrected, sample_responses
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
 # learning rate of 4e-4 was never reached in an online run, whose data ended within the warm-up: 1.5e-4 is what ran.
@@ -64,27 +64,27 @@ def parse(argv):
     p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
     p.add_argument("--flags", choices=("live", "frozen", "all"), default="live",
                    help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
-    p.add_argument("--lam", type=within(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
-    p.add_argument("--alpha", type=within(float, 0), help="weight of unlikelihood (default 1)")
-    p.add_argument("--gamma", type=within(float, 0), default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
-    p.add_argument("--rounds", type=within(int, 1), help="online rounds (default 3)")
-    p.add_argument("--samples", type=within(int, 1), default=1500, help="instructions answered and judged in a round")
+    p.add_argument("--lam", type=in_range(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
+    p.add_argument("--alpha", type=in_range(float, 0), help="weight of unlikelihood (default 1)")
+    p.add_argument("--gamma", type=in_range(float, 0), default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
+    p.add_argument("--rounds", type=in_range(int, 1), help="online rounds (default 3)")
+    p.add_argument("--samples", type=in_range(int, 1), default=1500, help="instructions answered and judged in a round")
     p.add_argument("--offline", action="store_true", help="judge all rounds' responses of the first model at once")
-    p.add_argument("--replay", type=within(int, 0), help="judged SFT examples trained on beside each batch (default 0)")
+    p.add_argument("--replay", type=in_range(int, 0), help="judged SFT examples trained on beside each batch (default 0)")
     # optimization
-    p.add_argument("--steps", type=within(int, 1), help="optimizer steps a round (default: from --epochs)")
-    p.add_argument("--epochs", type=within(float, 0), help="passes over the data, if --steps is not given (default 1)")
-    p.add_argument("--batch-size", type=within(int, 1), help="examples a step, over all ranks (default 8)")
-    p.add_argument("--micro-batch-size", type=within(int, 1), help="examples a forward pass: what fits (default 1)")
-    p.add_argument("--lr", type=within(float, 0), help="peak learning rate of the first round (default 1.5e-4)")
-    p.add_argument("--lr-decay", type=within(float, 0), default=0.6, help="factor on the peak a round")
-    p.add_argument("--warmup", type=within(float, 0, 1), default=0.1, help="share of a round; then cosine decay")
-    p.add_argument("--lora-rank", type=within(int, 0), help="train adapters of this rank (0: all weights; default 16)")
-    p.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
-    p.add_argument("--lora-dropout", type=within(float, 0, 1), default=0.05, help="dropout in front of the adapters")
+    p.add_argument("--steps", type=in_range(int, 1), help="optimizer steps a round (default: from --epochs)")
+    p.add_argument("--epochs", type=in_range(float, 0), help="passes over the data, if --steps is not given (default 1)")
+    p.add_argument("--batch-size", type=in_range(int, 1), help="examples a step, over all ranks (default 8)")
+    p.add_argument("--micro-batch-size", type=in_range(int, 1), help="examples a forward pass: what fits (default 1)")
+    p.add_argument("--lr", type=in_range(float, 0), help="peak learning rate of the first round (default 1.5e-4)")
+    p.add_argument("--lr-decay", type=in_range(float, 0), default=0.6, help="factor on the peak a round")
+    p.add_argument("--warmup", type=in_range(float, 0, 1), default=0.1, help="share of a round; then cosine decay")
+    p.add_argument("--lora-rank", type=in_range(int, 0), help="train adapters of this rank (0: all weights; default 16)")
+    p.add_argument("--lora-alpha", type=in_range(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    p.add_argument("--lora-dropout", type=in_range(float, 0, 1), default=0.05, help="dropout in front of the adapters")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the sampling, the data's order")
+    p.add_argument("--clip", type=in_range(float, 0), default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=in_range(int, 0), default=0, help="of the world, the sampling, the data's order")
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
@@ -92,8 +92,8 @@ def parse(argv):
     p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
-    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
-    p.add_argument("--save-every", type=within(int, 1), default=50, help="steps between saves for --resume")
+    p.add_argument("--max-length", type=in_range(int, 2), help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=in_range(int, 1), default=50, help="steps between saves for --resume")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
     args = p.parse_args(argv)
     for name, (with_data, built_in) in DEFAULTS.items():
@@ -105,14 +105,14 @@ def parse(argv):
     return args
 
 
-def judged_round(model, tokenizer, the_world, number, args, rank, world):
+def judged_round(model, tokenizer, world_, number, args, rank, world):
     """The data of one online round: fresh instructions, answered by the model as it is now and judged."""
-    records = the_world.instructions("train", args.samples, f"round {number}")
-    texts = respond(model, tokenizer, records, args.format, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7,
+    records = world_.instructions("train", args.samples, f"round {number}")
+    texts = sample_responses(model, tokenizer, records, args.format, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7,
                     seed=args.seed * 1000 + number, rank=rank, world=world, label=f"round {number + 1}: sampling")
     return [{"id": r["id"], "instruction": r["instruction"], "input": "", "output": text or ".",
              "judgment": JUDGES[args.judge](text or ".", r["reference"]), "reference": r["reference"],
-             "correction": corrected(text or ".", r["reference"]), "demonstration": the_world.demonstrate_once(r)}
+             "correction": corrected(text or ".", r["reference"]), "demonstration": world_.demonstrate_once(r)}
             for r, (text,) in zip(records, texts)]
 
 
@@ -222,10 +222,10 @@ def main(argv=None):
     else:
         args.model = args.model or train_sft.built_in(args.seed, args.judge, args.device)
         tokenizer = Tokenizer.from_pretrained(args.model)
-        the_world = World(args.seed)
-        replay = [r for r in the_world.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
+        world_ = World(args.seed)
+        replay = [r for r in world_.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
         replay = encode(tokenizer, replay, args.format, args.max_length, hindsight=True) if args.replay else []
-        answered, test = [], the_world.instructions(args.split, 800)
+        answered, test = [], world_.instructions(args.split, 800)
 
     # --- memory, before any of it is taken
     targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
@@ -268,7 +268,7 @@ def main(argv=None):
             for n in range(number, args.rounds if args.offline else number + 1):
                 path = out / f"round-{n}.jsonl"                             # offline: all rounds from the first model
                 if not path.is_file():
-                    judged = judged_round(model, tokenizer, the_world, n, args, rank, world)
+                    judged = judged_round(model, tokenizer, world_, n, args, rank, world)
                     if rank == 0:
                         write_json_lines(path, judged)
                     all_sum([0], device)                                    # the others wait until the file is there
@@ -283,7 +283,7 @@ def main(argv=None):
             path = out / f"flags-{number}.jsonl"                            # kept: a resumed run's model has moved on
             if not (start and path.is_file()):
                 bad = [e for e in answered if e.judged]
-                detected = [detect(*logp, args.lam).tolist() for logp in pair_logp(model, bad, device)]
+                detected = [detect(*logp, args.lam).tolist() for logp in judged_and_plain_logp(model, bad, device)]
                 if rank == 0:
                     write_json_lines(path, [{"id": e.id, "flags": f} for e, f in zip(bad, detected)])
                 all_sum([0], device)
@@ -311,8 +311,8 @@ def main(argv=None):
             if not pairs and not singles:                                   # an uneven tail left this rank without any
                 singles = [(batch[0]._replace(judged=None), 0.0)]
             micro = [pair_batch(part, 1 / len(batch), flags, args, device, detector)
-                     for part in split(pairs, args.micro_batch_size)]
-            micro += [single_batch(part, device, args.dtype) for part in split(singles, 2 * args.micro_batch_size)]
+                     for part in chunks(pairs, args.micro_batch_size)]
+            micro += [single_batch(part, device, args.dtype) for part in chunks(singles, 2 * args.micro_batch_size)]
             loss_sum, seen = 0.0, torch.zeros(5, dtype=torch.float64)
             for i, (tokens, targets, token_loss, given) in enumerate(micro):
                 wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -376,4 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -34,17 +34,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import train_sft
-from data import (FORMATS, Batches, InputError, Tokenizer, World, better_and_worse, collate, pad, prompt_ids,
+from data import (FORMATS, Batches, InputError, Tokenizer, World, chosen_and_rejected, collate, pad, prompt_ids,
                   read_instructions, read_preferences, split, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (IGNORE, dpo_loss, explained_variance, gae, kl_estimate, masked_mean, next_beta, per_example_sum,
                     ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, LLaMA, RewardModel, StopSignal,
-                   add_lora, all_sum, check_memory, gather_lists, generate, launch, load_adapter, load_resume,
+                   add_lora, all_sum, check_memory, gather_lists, generate, run_main, load_adapter, load_resume,
                    lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, merge_lora, open_metrics,
-                   peak_memory, print0, read_config, replacing, save_adapter, save_resume, setup_distributed, within,
+                   peak_memory, print0, read_config, atomic_write, save_adapter, save_resume, setup_distributed, in_range,
                    write_json)
-from simulate import count_errors, mean_and_se, respond, score, score_texts
+from simulate import count_errors, mean_and_se, sample_responses, score, score_texts
 
 # What a flag that was not given means: (with --data, in the built-in world). With --data they are AlpacaFarm's, with
 # its learning rates of full fine-tuning, LoRA wants about ten times as much; of its 390 steps of PPO it used 20 to 80.
@@ -75,61 +75,61 @@ def parse(argv):
     files.add_argument("--out", default="", help="run folder (default: out/STAGE-SEED, or out/STAGE-DATA)")
     files.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
-    files.add_argument("--batch-size", type=within(int, 1), help="pairs or responses an update, over all ranks")
-    files.add_argument("--micro-batch-size", type=within(int, 1), help="of them in a forward pass: what fits")
-    files.add_argument("--lr", type=within(float, 0), help="peak learning rate")
-    files.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
-    lora.add_argument("--lora-rank", type=within(int, 0), default=0, help="rank of the adapters (0: all weights)")
-    lora.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    files.add_argument("--batch-size", type=in_range(int, 1), help="pairs or responses an update, over all ranks")
+    files.add_argument("--micro-batch-size", type=in_range(int, 1), help="of them in a forward pass: what fits")
+    files.add_argument("--lr", type=in_range(float, 0), help="peak learning rate")
+    files.add_argument("--clip", type=in_range(float, 0), default=1.0, help="gradient norm is clipped to this")
+    lora.add_argument("--lora-rank", type=in_range(int, 0), default=0, help="rank of the adapters (0: all weights)")
+    lora.add_argument("--lora-alpha", type=in_range(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
     lora.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    machine.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the sampling, the data's order")
-    machine.add_argument("--noise", type=within(float, 0, 0.5), default=0.25, help="flipped labels, built-in world")
+    machine.add_argument("--seed", type=in_range(int, 0), default=0, help="of the world, the sampling, the data's order")
+    machine.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.25, help="flipped labels, built-in world")
     machine.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     files.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     files.add_argument("--checkpoint-activations", action="store_true", help="recompute in backward: less memory")
-    files.add_argument("--max-length", type=within(int, 2), help="tokens; longer pairs or prompts are left out")
-    files.add_argument("--save-every", type=within(int, 1), help="steps between saves for --resume")
+    files.add_argument("--max-length", type=in_range(int, 2), help="tokens; longer pairs or prompts are left out")
+    files.add_argument("--save-every", type=in_range(int, 1), help="steps between saves for --resume")
     # pairs
-    pairs.add_argument("--held-out", type=within(int, 1), default=500, help="pairs kept for measuring accuracy")
-    pairs.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
-    pairs.add_argument("--epochs", type=within(float, 1e-6), help="passes over the pairs, if --steps is not given")
-    pairs.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
+    pairs.add_argument("--held-out", type=in_range(int, 1), default=500, help="pairs kept for measuring accuracy")
+    pairs.add_argument("--steps", type=in_range(int, 1), help="optimizer steps (default: from --epochs)")
+    pairs.add_argument("--epochs", type=in_range(float, 1e-6), help="passes over the pairs, if --steps is not given")
+    pairs.add_argument("--warmup", type=in_range(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
     # rollouts
     rollouts.add_argument("--reward", default="", help="reward model's directory (default: made by the stage reward)")
     rollouts.add_argument("--validation", default="", help="instructions to choose the checkpoint on (needs --judge)")
     rollouts.add_argument("--judge", default="", help="a second reward model, of other pairs, that chooses it")
-    rollouts.add_argument("--steps", type=within(int, 1), help="rollouts; each is followed by several updates")
-    rollouts.add_argument("--rollouts", type=within(int, 1), help="responses a step, over all ranks")
-    rollouts.add_argument("--max-new-tokens", type=within(int, 1), help="a response is cut off here")
-    rollouts.add_argument("--sample-batch-size", type=within(int, 1), help="sampled side by side: what fits")
-    rollouts.add_argument("--temperature", type=within(float, 0.01), default=1.0, help="of sampling and of scoring")
-    rollouts.add_argument("--epochs", type=within(int, 1), default=2, help="passes over the rollouts of a step")
-    rollouts.add_argument("--warmup", type=within(int, 1), default=5, help="steps of warm-up; then linear decay to 0")
-    rollouts.add_argument("--eval-every", type=within(int, 1), help="steps between measurements on validation")
-    rollouts.add_argument("--ending-penalty", type=within(float, 0), help="taken from an answer that does not end")
+    rollouts.add_argument("--steps", type=in_range(int, 1), help="rollouts; each is followed by several updates")
+    rollouts.add_argument("--rollouts", type=in_range(int, 1), help="responses a step, over all ranks")
+    rollouts.add_argument("--max-new-tokens", type=in_range(int, 1), help="a response is cut off here")
+    rollouts.add_argument("--sample-batch-size", type=in_range(int, 1), help="sampled side by side: what fits")
+    rollouts.add_argument("--temperature", type=in_range(float, 0.01), default=1.0, help="of sampling and of scoring")
+    rollouts.add_argument("--epochs", type=in_range(int, 1), default=2, help="passes over the rollouts of a step")
+    rollouts.add_argument("--warmup", type=in_range(int, 1), default=5, help="steps of warm-up; then linear decay to 0")
+    rollouts.add_argument("--eval-every", type=in_range(int, 1), help="steps between measurements on validation")
+    rollouts.add_argument("--ending-penalty", type=in_range(float, 0), help="taken from an answer that does not end")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = p.add_subparsers(dest="stage", required=True)
     stages.add_parser("both", parents=[machine], help="reward, then ppo, in the built-in world (the default)")
     s = stages.add_parser("reward", parents=[files, lora, machine, pairs], help="pairs -> reward model")
     s = stages.add_parser("dpo", parents=[files, lora, machine, pairs], help="pairs -> policy")
-    s.add_argument("--beta", type=within(float, 0), default=0.1, help="how much log-ratio a preference is worth")
+    s.add_argument("--beta", type=in_range(float, 0), default=0.1, help="how much log-ratio a preference is worth")
     s = stages.add_parser("ppo", parents=[files, lora, machine, rollouts], help="reward model -> policy, by PPO")
-    s.add_argument("--beta", type=within(float, 0), help="price of a nat of KL, in rewards (default 0.05)")
+    s.add_argument("--beta", type=in_range(float, 0), help="price of a nat of KL, in rewards (default 0.05)")
     s.add_argument("--kl", choices=("k1", "k2", "k3", "clamped"), help="its estimator: losses.kl_estimate (default k1)")
-    s.add_argument("--target-kl", type=within(float, 0), default=0.0, help="adapt beta to this KL (0: fixed)")
-    s.add_argument("--gamma", type=within(float, 0, 1), default=1.0, help="discount")
-    s.add_argument("--lam", type=within(float, 0, 1), help="lambda of the advantages (default 0.95)")
-    s.add_argument("--ratio-clip", type=within(float, 0), default=0.2, help="the policy's clip range")
-    s.add_argument("--value-clip", type=within(float, 0), default=0.2, help="the critic's")
-    s.add_argument("--value-coef", type=within(float, 0), default=0.1, help="weight of the critic's loss")
+    s.add_argument("--target-kl", type=in_range(float, 0), default=0.0, help="adapt beta to this KL (0: fixed)")
+    s.add_argument("--gamma", type=in_range(float, 0, 1), default=1.0, help="discount")
+    s.add_argument("--lam", type=in_range(float, 0, 1), help="lambda of the advantages (default 0.95)")
+    s.add_argument("--ratio-clip", type=in_range(float, 0), default=0.2, help="the policy's clip range")
+    s.add_argument("--value-clip", type=in_range(float, 0), default=0.2, help="the critic's")
+    s.add_argument("--value-coef", type=in_range(float, 0), default=0.1, help="weight of the critic's loss")
     s.add_argument("--released", action="store_true", help="AlpacaFarm's arithmetic: padding counts, KL clamped at 0, "
                    "rewards whitened, statistics of each process, lambda 1, beta 0.0067, no penalty")
     s = stages.add_parser("quark", parents=[files, lora, machine, rollouts], help="reward model -> policy, by Quark")
     s.add_argument("--quantiles", choices=("best", "all"), default="all", help="train on all rollouts, each after the "
                    "control token of its quantile, or on the best quarter without (as released)")
-    s.add_argument("--count", type=within(int, 1, 8), default=4, help="number of quantiles")
-    s.add_argument("--kl-coef", type=within(float, 0), default=0.05, help="weight of KL(policy || reference)")
-    s.add_argument("--entropy-coef", type=within(float, 0), default=0.0, help="weight of the entropy bonus")
+    s.add_argument("--count", type=in_range(int, 1, 8), default=4, help="number of quantiles")
+    s.add_argument("--kl-coef", type=in_range(float, 0), default=0.05, help="weight of KL(policy || reference)")
+    s.add_argument("--entropy-coef", type=in_range(float, 0), default=0.0, help="weight of the entropy bonus")
     args = p.parse_args(argv)
     if args.stage == "both":
         return args
@@ -193,7 +193,7 @@ def load_pairs(args, device):
     records = read_preferences(args.data or train_sft.built_in_preferences(args.seed, args.noise, device))
     encoded = []
     for r in records:
-        prompt, (better, worse) = prompt_ids(tokenizer, r, args.format), better_and_worse(r)
+        prompt, (better, worse) = prompt_ids(tokenizer, r, args.format), chosen_and_rejected(r)
         encoded.append((prompt, tokenizer.encode_response(better), tokenizer.encode_response(worse)))
     fits = [i for i, (x, b, w) in enumerate(encoded) if len(x) + max(len(b), len(w)) <= args.max_length]
     if len(fits) < len(encoded):
@@ -213,7 +213,7 @@ def accuracy(margins, records):
     found = dict(zip(("accuracy", "accuracy_se"), mean_and_se([float(m > 0) for m in margins])))
     if all("reference" in r for r in records):
         lead = [count_errors(worse, r["reference"]) - count_errors(better, r["reference"])
-                for r in records for better, worse in [better_and_worse(r)]]
+                for r in records for better, worse in [chosen_and_rejected(r)]]
         found.update(zip(("truth", "truth_se"), mean_and_se([float(m * n > 0) for m, n in zip(margins, lead)])))
         found["ceiling"] = sum(n > 0 for n in lead) / len(lead)
     line = f"accuracy on {len(margins)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}"
@@ -253,7 +253,7 @@ def train_reward(args, rank, world, device, out, dtype, start_time):
         step_time = time.time()
         batch = batches(step)                                               # the whole step's pairs, on every rank
         mine = batch[rank::world]
-        micro = split([train[i] for i in mine or batch[:1]], args.micro_batch_size)
+        micro = chunks([train[i] for i in mine or batch[:1]], args.micro_batch_size)
         loss_sum, right = 0.0, 0
         for i, part in enumerate(micro):
             wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -298,10 +298,10 @@ def answer_logp(model, rows, device):
 
 
 @torch.no_grad()
-def pair_logps(model, pairs, device, rank, world, batch_size):
+def chosen_rejected_logp(model, pairs, device, rank, world, batch_size):
     """log p of (better, worse) for each pair, under a model that does not learn: [(float, float)]."""
     mine, found = range(len(pairs))[rank::world], []
-    for part in split(mine, batch_size) if mine else []:
+    for part in chunks(mine, batch_size) if mine else []:
         rows = [(pairs[i][0], y) for k in (1, 2) for i in part for y in [pairs[i][k]]]
         better, worse = answer_logp(model, rows, device).chunk(2)
         found += zip(part, zip(better.tolist(), worse.tolist()))
@@ -321,8 +321,8 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
     model = LLaMA.from_pretrained(args.model, dtype, device)
     adapt(model, args)
     model.eval()
-    reference = pair_logps(model, train, device, rank, world, args.micro_batch_size)    # before a resumed run's weights
-    reference_held = pair_logps(model, held_out, device, rank, world, args.micro_batch_size)
+    reference = chosen_rejected_logp(model, train, device, rank, world, args.micro_batch_size)    # before a resumed run's weights
+    reference_held = chosen_rejected_logp(model, held_out, device, rank, world, args.micro_batch_size)
     optimizer = make_optimizer(model)
     start = load_resume(out / "resume.pt", model, optimizer, vars(args))["step"] if args.resume else 0
     if rank == 0 and not args.resume:
@@ -336,7 +336,7 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
         step_time = time.time()
         batch = batches(step)
         mine = batch[rank::world]
-        micro = split(mine or batch[:1], args.micro_batch_size)
+        micro = chunks(mine or batch[:1], args.micro_batch_size)
         loss_sum, right, margin, risen = 0.0, 0, 0.0, 0.0
         for i, part in enumerate(micro):
             wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -372,7 +372,7 @@ def train_dpo(args, rank, world, device, out, dtype, start_time):
             return 130
 
     # --- measure and save
-    now = pair_logps(model, held_out, device, rank, world, args.micro_batch_size)
+    now = chosen_rejected_logp(model, held_out, device, rank, world, args.micro_batch_size)
     margins = [(b - rb) - (w - rw) for (b, w), (rb, rw) in zip(now, reference_held)]
     found = {**accuracy(margins, held_records), "margin": sum(margins) / len(margins)}
     if rank == 0:
@@ -437,9 +437,9 @@ def load_task(args, device, rank, world):
                 args.judge, validation, [[t] for t in texts], None, args.dtype, device, args.micro_batch_size, rank,
                 world, args.max_new_tokens)]
     else:
-        the_world = World(args.seed)
-        records = the_world.instructions("train", 10000, "unlabeled")
-        validation, test = the_world.instructions("validation", 400), the_world.instructions("test", 800)
+        world_ = World(args.seed)
+        records = world_.instructions("train", 10000, "unlabeled")
+        validation, test = world_.instructions("validation", 400), world_.instructions("test", 800)
         judge = lambda texts: [float(t == r["reference"]) for t, r in zip(texts, validation)]
     fits = [r for r in records if len(prompt_ids(tokenizer, r, args.format)) <= args.max_length]
     if len(fits) < len(records):
@@ -463,7 +463,7 @@ def roll_out(policy, task, asked, args, step, rank, world):
 def validate(policy, reward, task, args, step, rank, world, token=None):
     """{"step", "proxy": the reward model's mean score, "judge": the judge's mean} of answers to validation."""
     records = task.validation if token is None else [{**r, "reward_token": token} for r in task.validation]
-    texts = [ys[0] for ys in respond(policy, task.tokenizer, records, args.format, max_new_tokens=args.max_new_tokens,
+    texts = [ys[0] for ys in sample_responses(policy, task.tokenizer, records, args.format, max_new_tokens=args.max_new_tokens,
                                      temperature=0.7 if args.data else 0, seed=args.seed, rank=rank, world=world,
                                      batch_size=args.sample_batch_size, label=None)]
     rows = [prompt_ids(task.tokenizer, r, args.format) + task.tokenizer.encode_response(text)[:args.max_new_tokens]
@@ -487,7 +487,7 @@ def shuffled(count, args, step, epoch):
 def keep_best(policy, out, curve, rank):
     """Writes the policy's trained weights to best.pt if the last entry of the curve is its best by the judge."""
     if rank == 0 and curve[-1]["judge"] > max([c["judge"] for c in curve[:-1]], default=-math.inf):
-        with replacing(out / "best.pt") as temporary:
+        with atomic_write(out / "best.pt") as temporary:
             torch.save({n: p.detach() for n, p in policy.named_parameters() if p.requires_grad}, temporary)
 
 
@@ -630,7 +630,7 @@ def look_back(models, both, answered, args, device):
     """Reads this rank's responses with all four models: [(number, prompt, response)] -> [Rollout]."""
     found, width = [], args.max_new_tokens if args.released else 0
     answered = sorted(answered, key=lambda a: -len(a[1]) - len(a[2]))       # like lengths side by side: less padding
-    for part in split(answered, args.micro_batch_size) if answered else []:
+    for part in chunks(answered, args.micro_batch_size) if answered else []:
         tokens, targets, slots = place([(x, y) for _, x, y in part], width, device)
         logp, values = both(tokens, targets, slots, None, args.temperature)             # (N,), (slots,)
         with lora_disabled(models.policy) if models.reference is None else contextlib.nullcontext():
@@ -735,7 +735,7 @@ def train_ppo(args, rank, world, device, out, dtype, start_time):
             for batch in shuffled(len(rollouts), args, step, epoch):
                 count = width * len(batch) if args.released else data["lengths"][batch].sum().item()
                 mine = sorted(batch[rank::world], key=lambda i: -len(rollouts[i].prompt + rollouts[i].response))
-                micro = split(mine or batch[:1], args.micro_batch_size)
+                micro = chunks(mine or batch[:1], args.micro_batch_size)
                 loss_sum = 0.0
                 for i, part in enumerate(micro):
                     wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -871,7 +871,7 @@ def train_quark(args, rank, world, device, out, dtype, start_time):
             for batch in shuffled(len(rows), args, step, epoch):
                 count = sum(len(rows[i][2]) for i in batch)
                 mine = sorted(batch[rank::world], key=lambda i: -len(rows[i][1]) - len(rows[i][2]))
-                micro = split(mine or batch[:1], args.micro_batch_size)
+                micro = chunks(mine or batch[:1], args.micro_batch_size)
                 loss_sum = 0.0
                 for i, part in enumerate(micro):
                     wrapped.require_backward_grad_sync = i == len(micro) - 1
@@ -955,4 +955,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -23,10 +23,10 @@ from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, encod
                   world_tokenizer, write_json_lines)
 from losses import nll_token_loss
 from model import (ATTENTION_PROJECTIONS, DTYPES, MAY_DIFFER, MLP_PROJECTIONS, Config, LLaMA, StopSignal, add_lora,
-                   all_sum, check_memory, launch, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora,
+                   all_sum, check_memory, run_main, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora,
                    open_metrics, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
-                   within)
-from simulate import JUDGES, ask_simulated, count_errors, pair_up, prefer, respond, simulated_pool
+                   in_range)
+from simulate import JUDGES, ask_simulated, count_errors, pair_up, prefer, sample_responses, simulated_pool
 
 # What a flag that was not given means: (with --data, in the built-in world).
 DEFAULTS = {"batch_size": (128, 32), "micro_batch_size": (4, 8), "lr": (2e-5, 3e-3), "steps": (-1, 2400),
@@ -49,19 +49,19 @@ def parse(argv):
     p.add_argument("--out", default="", help="run folder (default: out/sft-SEED-JUDGE, or out/sft-DATA)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
     # optimization
-    p.add_argument("--steps", type=within(int, 1), help="optimizer steps (default: from --epochs)")
-    p.add_argument("--epochs", type=within(float, 0), help="passes over the data, if --steps is not given (default 3)")
-    p.add_argument("--batch-size", type=within(int, 1), help="examples a step, over all ranks (default 128)")
-    p.add_argument("--micro-batch-size", type=within(int, 1), help="examples a forward pass: what fits (default 4)")
-    p.add_argument("--lr", type=within(float, 0), help="peak learning rate (default 2e-5)")
-    p.add_argument("--warmup", type=within(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
-    p.add_argument("--beta2", type=within(float, 0, 1), help="AdamW's decay of squared gradients (default 0.999)")
-    p.add_argument("--lora-rank", type=within(int, 0), help="train adapters of this rank (0: all weights; default 0)")
-    p.add_argument("--lora-alpha", type=within(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
-    p.add_argument("--lora-dropout", type=within(float, 0, 1), default=0.05, help="dropout in front of the adapters")
+    p.add_argument("--steps", type=in_range(int, 1), help="optimizer steps (default: from --epochs)")
+    p.add_argument("--epochs", type=in_range(float, 0), help="passes over the data, if --steps is not given (default 3)")
+    p.add_argument("--batch-size", type=in_range(int, 1), help="examples a step, over all ranks (default 128)")
+    p.add_argument("--micro-batch-size", type=in_range(int, 1), help="examples a forward pass: what fits (default 4)")
+    p.add_argument("--lr", type=in_range(float, 0), help="peak learning rate (default 2e-5)")
+    p.add_argument("--warmup", type=in_range(float, 0, 1), default=0.03, help="share of the steps; then cosine decay")
+    p.add_argument("--beta2", type=in_range(float, 0, 1), help="AdamW's decay of squared gradients (default 0.999)")
+    p.add_argument("--lora-rank", type=in_range(int, 0), help="train adapters of this rank (0: all weights; default 0)")
+    p.add_argument("--lora-alpha", type=in_range(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
+    p.add_argument("--lora-dropout", type=in_range(float, 0, 1), default=0.05, help="dropout in front of the adapters")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    p.add_argument("--clip", type=within(float, 0), default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=within(int, 0), default=0, help="of the world, the weights, the data's order")
+    p.add_argument("--clip", type=in_range(float, 0), default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--seed", type=in_range(int, 0), default=0, help="of the world, the weights, the data's order")
     # machine
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
@@ -69,8 +69,8 @@ def parse(argv):
     p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
-    p.add_argument("--max-length", type=within(int, 2), help="tokens; longer examples are left out (default 1024)")
-    p.add_argument("--save-every", type=within(int, 1), default=500, help="steps between saves for --resume")
+    p.add_argument("--max-length", type=in_range(int, 2), help="tokens; longer examples are left out (default 1024)")
+    p.add_argument("--save-every", type=in_range(int, 1), default=500, help="steps between saves for --resume")
     args = p.parse_args(argv)
     for name, (with_data, built_in) in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -92,31 +92,6 @@ def built_in(seed, judge, device=""):
         if main([*argv, "--device", device, *half]):
             raise SystemExit(130)                                           # stopped by the user: starting anew goes on
     return wanted["out"]
-
-
-def built_in_preferences(seed, noise, device):
-    """The file of the built-in world's preferences: of four answers of the SFT model to each of 30,000 instructions,
-    two different ones, unless they have equally many errors (a tie). The one with fewer is preferred, except that
-    2 * noise of the labels are coins: AlpacaFarm's noise, which flips 25 % of them."""
-    model = Path(built_in(seed, "corrects", str(device)))
-    path = Path(f"out/world-{seed}", f"preferences-{noise}.jsonl")
-    if path.is_file() and path.stat().st_mtime > (model / "config.json").stat().st_mtime:
-        return path
-    rank, world, device = setup_distributed(str(device))
-    tokenizer, policy = Tokenizer.from_pretrained(model), LLaMA.from_pretrained(model, device=device)
-    records = World(seed).instructions("train", 30000, "preferences")
-    texts = respond(policy, tokenizer, records, "short", max_new_tokens=32, temperature=1.0, seed=seed, n=4, rank=rank,
-                    world=world, label="sampling pairs")
-    keep = ("id", "instruction", "input", "reference")
-    pairs = pair_up([{**{k: r[k] for k in keep}, "output": [y for y in ys if y.strip()]}
-                     for r, ys in zip(records, texts)], seed)
-    pairs = [r for r in pairs if len({count_errors(r[k], r["reference"]) for k in ("output_1", "output_2")}) > 1]
-    labelled, _ = prefer(pairs, simulated_pool(accuracy=1.0), ask_simulated(seed), noise, seed)
-    if rank == 0:
-        write_json_lines(path, labelled)
-    all_sum([0], device)                                                    # the others wait until the file is there
-    print0(f"{path}: {len(labelled)} pairs of different answers to {len(records)} instructions")
-    return path
 
 
 def main(argv=None):
@@ -193,7 +168,7 @@ def main(argv=None):
         mine = batch[rank::world]
         rows = [(examples[i].prompt, examples[i].response) for i in mine or batch[:1]]
         loss_sum = 0.0
-        micro = split(rows, args.micro_batch_size)
+        micro = chunks(rows, args.micro_batch_size)
         for i, part in enumerate(micro):
             # DistributedDataParallel adds gradients up over ranks in the last backward only; the switch has to be set
             # before forward. A rank without a row of its own still takes part, with weight 0.
@@ -237,4 +212,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)
