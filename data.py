@@ -86,6 +86,10 @@ def in_range(kind, low, high=math.inf):
     return parse
 
 
+positive_int, nonnegative_int = in_range(int, 1), in_range(int, 0)
+nonnegative_float, fraction = in_range(float, 0), in_range(float, 0, 1)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a temporary path beside `path` that takes its name at the end, if all went well: a reader, or a run that
@@ -582,8 +586,8 @@ def collate(rows, device="cpu"):
     tokens = torch.zeros(len(rows), T, dtype=torch.long)
     targets = torch.full((len(rows), T), IGNORE)
     for b, (p, y) in enumerate(rows):
-        tokens[b, :len(p) + len(y) - 1] = torch.tensor(p + y[:-1])
-        targets[b, len(p) - 1:len(p) + len(y) - 1] = torch.tensor(y)
+        tokens[b, :len(p) + len(y) - 1] = torch.tensor((p + y)[:-1])
+        targets[b, len(p) - 1:len(p) + len(y) - 1] = torch.tensor(y, dtype=torch.long)
     return tokens.to(device), targets.to(device)
 
 

@@ -1,378 +1,411 @@
-"""CUT, contrastive unlikelihood training: judged responses -> policy.
+"""CUT, contrastive unlikelihood training: judged responses -> policy (arXiv 2312.14591).
 
   python train_cut.py                                       the built-in world, online: sample, judge, train, repeat
   python train_cut.py --model DIR --data judged.json        offline: one pass over judged responses
   torchrun --nproc_per_node 8 train_cut.py --model ...      the same on eight GPUs
 
-A bad response y to an instruction x, with a judgment j- that says what is wrong, is read twice: after x alone, and
-after x and j-. Tokens that the judgment makes more than lambda times as likely are the ones it complains about: under x
-they get unlikelihood, the rest of the response likelihood (L1). The whole of y after (x, j-) gets likelihood (L2):
-this is what teaches the model to read judgments. Good responses get plain likelihood. `diff train_sft.py train_cut.py`
-shows what this takes; the formula is losses.cut_token_loss.
+A bad response y to an instruction x, with a judgment j- that says what is wrong, is read in two passes by the same model:
+
+  after (x, j-)    It says The frog is white where it should say pink.    The  frog  is  white  and  lives ...
+  after x alone                                                           The  frog  is  white  and  lives ...
+  p(y|x, j-) / p(y|x)                                                     1.0  1.0  1.0   5.2   1.0   1.0
+
+Tokens that the judgment makes more than lambda times as likely are those it complains about. After x they get
+unlikelihood and the rest of the response likelihood (L1). The whole response after (x, j-) gets likelihood (L2), which
+teaches the model to read judgments. Good responses get plain likelihood. `train` below is the loop of train_sft.py with
+this loss; the formula is losses.cut_token_loss.
+
+metrics.jsonl in the run folder has a line for each step:
+  loss             mean over the step's examples, nats. Near 0 from the start: responses hardly differ, or overfitting
+  flagged          fraction of the bad responses' tokens in U. 0: the model cannot read judgments, and CUT is SFT on bad
+                   responses; above 0.5: lambda is too low, or the judgments are human prose
+  lr, grad_norm    learning rate; gradient norm before clipping
+  log_ratio        mean of log p(y|x, j-) - log p(y|x)
+  flagged_loss     unlikelihood of flagged tokens after x; with live detection at most ln(lambda / (lambda - 1))
+  unflagged_loss   NLL of the other tokens after x
+results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl what was judged and flagged.
 """
 import argparse
-import json
+import functools
 import math
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import train_sft
-from data import (FORMATS, Batches, InputError, Tokenizer, World, collate, downsample_positives, encode,
-                  read_json, read_judged, split, write_json_lines)
-from evaluate import MAX_NEW_TOKENS, answer_errors, detection, exact_match, mark, judged_and_plain_logp, win_rate
-from losses import cut_token_loss, detect, detection_sums
-from model import (ATTENTION_PROJECTIONS, DTYPES, MLP_PROJECTIONS, LLaMA, StopSignal, add_lora, all_sum,
-                   check_memory, run_main, load_resume, lr_at, make_optimizer, memory_estimate, merge_lora, open_metrics,
-                   peak_memory, print0, read_config, save_adapter, save_resume, set_execution, setup_distributed,
-                   in_range, write_json)
-from simulate import JUDGES, corrected, sample_responses
+from data import (
+    JUDGES, Batches, InputError, Tokenizer, World, chunks, collate, corrected, downsample_positives,
+    encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int, print0, read_json,
+    read_judged, run_main, write_json, write_json_lines)
+from evaluate import (
+    MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
+from losses import cut_token_loss, detect, detection_sums, nll_token_loss
+from model import (
+    DTYPES, LLaMA, Run, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
+    read_config, save_model, share, world_size)
+from simulate import sample_responses
+from train_sft import (
+    add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
+    prepare, set_up)
 
-# What a flag that was not given means: (with --data, in the built-in world). With --data they are the paper's; its
-# learning rate of 4e-4 was never reached in an online run, whose data ended within the warm-up: 1.5e-4 is what ran.
-DEFAULTS = {"batch_size": (8, 32), "micro_batch_size": (1, 8), "lr": (1.5e-4, 8e-4), "rounds": (1, 3),
-            "steps": (-1, 94), "epochs": (1.0, 0.0), "format": ("cut", "short"), "max_length": (1024, 256),
-            "alpha": (1.0, 0.5), "downsample": (0.25, -1.0), "replay": (0, 32), "lora_rank": (16, 0)}
-
-# What is trained on, as functions of a round's judged records. CUT takes them as they are; the others are the methods
-# that it is compared with, at equal numbers of updates and with the same replay. The right answer that
-# `--judge corrects` states is in r["correction"].
-RECIPES = {
-    "cut": lambda judged: judged,
-    "hindsight": lambda judged: judged,                                     # L2 alone: the judgment joins the prompt
-    "expert": lambda judged: [r for r in judged if r["judgment"] is None],  # expert iteration: the good ones only
-    "corrected": lambda judged: [{**r, "output": r["correction"], "judgment": None} for r in judged],
-    "sft": lambda judged: [{**r, "output": r["demonstration"], "judgment": None} for r in judged],
+# Defaults: (with --data, in the built-in world). With --data they are the paper's, except for the learning rate: its
+# 4e-4 was never reached in an online run, whose data ended within the warm-up; 1.5e-4 is what ran.
+DEFAULTS = {
+    "format": ("cut", "short"),
+    "max_length": (1024, 256),
+    "rounds": (1, 3),
+    "steps": (None, 94),
+    "epochs": (1.0, None),
+    "batch_size": (8, 32),
+    "micro_batch_size": (1, 8),
+    "lr": (1.5e-4, 8e-4),
+    "alpha": (1.0, 0.5),
+    "downsample": (0.25, -1.0),
+    "replay": (0, 32),
+    "lora_rank": (16, 0),
+    "save_every": (50, 50),
 }
 
 
-def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what goes in and out
-    p.add_argument("--model", default="", help="checkpoint directory to start from (default: made by train_sft.py)")
-    p.add_argument("--data", default="", help="judged responses, JSON or JSONL (default: online in the built-in world)")
-    p.add_argument("--format", choices=FORMATS, help="prompt format (default: cut; short in the built-in world)")
-    p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
-    p.add_argument("--filter-noise", action="store_true", help="leave out '$ERROR$' and 'perfect' judgments")
-    p.add_argument("--downsample", type=float, help="positives kept per negative (default 0.25; -1 keeps all)")
-    p.add_argument("--out", default="", help="run folder (default: out/cut-SEED, or out/cut-DATA)")
-    p.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
-    # method
-    p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
-    p.add_argument("--flags", choices=("live", "frozen", "all"), default="live",
-                   help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
-    p.add_argument("--lam", type=in_range(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
-    p.add_argument("--alpha", type=in_range(float, 0), help="weight of unlikelihood (default 1)")
-    p.add_argument("--gamma", type=in_range(float, 0), default=0.0, help="exponent of its dynamic weight p(y|x,j)^gamma")
-    p.add_argument("--rounds", type=in_range(int, 1), help="online rounds (default 3)")
-    p.add_argument("--samples", type=in_range(int, 1), default=1500, help="instructions answered and judged in a round")
-    p.add_argument("--offline", action="store_true", help="judge all rounds' responses of the first model at once")
-    p.add_argument("--replay", type=in_range(int, 0), help="judged SFT examples trained on beside each batch (default 0)")
-    # optimization
-    p.add_argument("--steps", type=in_range(int, 1), help="optimizer steps a round (default: from --epochs)")
-    p.add_argument("--epochs", type=in_range(float, 0), help="passes over the data, if --steps is not given (default 1)")
-    p.add_argument("--batch-size", type=in_range(int, 1), help="examples a step, over all ranks (default 8)")
-    p.add_argument("--micro-batch-size", type=in_range(int, 1), help="examples a forward pass: what fits (default 1)")
-    p.add_argument("--lr", type=in_range(float, 0), help="peak learning rate of the first round (default 1.5e-4)")
-    p.add_argument("--lr-decay", type=in_range(float, 0), default=0.6, help="factor on the peak a round")
-    p.add_argument("--warmup", type=in_range(float, 0, 1), default=0.1, help="share of a round; then cosine decay")
-    p.add_argument("--lora-rank", type=in_range(int, 0), help="train adapters of this rank (0: all weights; default 16)")
-    p.add_argument("--lora-alpha", type=in_range(float, 0), default=16.0, help="adapters are scaled by alpha / rank")
-    p.add_argument("--lora-dropout", type=in_range(float, 0, 1), default=0.05, help="dropout in front of the adapters")
-    p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
-    p.add_argument("--clip", type=in_range(float, 0), default=1.0, help="gradient norm is clipped to this")
-    p.add_argument("--seed", type=in_range(int, 0), default=0, help="of the world, the sampling, the data's order")
-    # machine
-    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
-    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
-    p.add_argument("--autocast", action="store_true", help="products in bf16, on weights in float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    p.add_argument("--zero", action="store_true", help="share the optimizer's state out over the ranks")
-    p.add_argument("--max-length", type=in_range(int, 2), help="tokens; longer examples are left out (default 1024)")
-    p.add_argument("--save-every", type=in_range(int, 1), default=50, help="steps between saves for --resume")
-    p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
-    args = p.parse_args(argv)
-    for name, (with_data, built_in) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, with_data if args.data else built_in)
-    args.out = args.out or f"out/cut-{Path(args.data).stem if args.data else args.seed}"
-    if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
-        raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world, not --data")
-    return args
+# What a method trains on, as functions of a round's judged records. CUT takes them as they are; the others are what it
+# is compared with, at equal numbers of updates and with the same replay.
 
 
-def judged_round(model, tokenizer, world_, number, args, rank, world):
-    """The data of one online round: fresh instructions, answered by the model as it is now and judged."""
-    records = world_.instructions("train", args.samples, f"round {number}")
-    texts = sample_responses(model, tokenizer, records, args.format, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7,
-                    seed=args.seed * 1000 + number, rank=rank, world=world, label=f"round {number + 1}: sampling")
-    return [{"id": r["id"], "instruction": r["instruction"], "input": "", "output": text or ".",
-             "judgment": JUDGES[args.judge](text or ".", r["reference"]), "reference": r["reference"],
-             "correction": corrected(text or ".", r["reference"]), "demonstration": world_.demonstrate_once(r)}
-            for r, (text,) in zip(records, texts)]
+def only_good(judged):
+    """Expert iteration: the responses that the judge found nothing wrong with."""
+    return [r for r in judged if r["judgment"] is None]
 
 
-def pair_batch(part, weight, flags, args, device, detector=None):
-    """Bad responses, each read twice: (tokens, targets, token_loss, flags given or None), the first two with an entry
-    for each reading. `flags` holds those decided beforehand, if any: {example id: (response tokens,) bool}. A
-    `detector` is a model whose dropout would make the two readings differ by itself: it decides without.
-
-    Only the prompts differ, so the two readings have the same N response tokens in the same order; their positions
-    differ, which is why everything is gathered by response token and never by position."""
-    judged = collate([(e.judged, e.response) for e in part], device)        # (b, T1) twice: Align-N, after (x, j-)
-    plain = collate([(e.prompt, e.response) for e in part], device)         # (b, T2) twice: Misalign, after x alone
-    w = token_weights(part, [weight] * len(part), args.dtype, device)       # (N,)
-    given = torch.cat([flags[e.id] for e in part]).to(device) if flags else None        # (N,)
-
-    if detector is not None:
-        detector.eval()
-        with torch.no_grad():
-            given = detect(*detector([judged[0], plain[0]], [judged[1], plain[1]]), args.lam)
-        detector.train()
-
-    def token_loss(logp, s):                                                # logp (2, n), of the tokens s of the N
-        flagged = detect(logp[0], logp[1], args.lam) if given is None else given[s]
-        return w[s] * cut_token_loss(logp[0], logp[1], flagged, args.alpha, args.gamma)
-
-    return [judged[0], plain[0]], [judged[1], plain[1]], token_loss, given
+def only_corrections(judged):
+    """SFT on the answer that the judge `corrects` states."""
+    return [{**r, "output": r["correction"], "judgment": None} for r in judged]
 
 
-def single_batch(part, device, dtype):
-    """Rows that get plain likelihood, good responses (Align-P) and replay; part holds (example, weight) pairs."""
+def only_demonstrations(judged):
+    """SFT on further demonstrations of the same instructions."""
+    return [{**r, "output": r["demonstration"], "judgment": None} for r in judged]
+
+
+RECIPES = {
+    "cut": list,
+    "hindsight": list,                # L2 alone: the judgment joins the prompt, see encode_round
+    "expert": only_good,
+    "corrected": only_corrections,
+    "sft": only_demonstrations,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The lesson
+
+
+def train(model, examples, flagged, replay, steps, run, args, device):
+    """One round. The loop of train_sft.py, but a bad response is read in two passes."""
+    number = run.state["round"]
+    peak, warmup = args.lr * args.lr_decay ** number, math.ceil(args.warmup * steps)
+    batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
+    if replay:
+        replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number)
+    for step in run.steps(steps, f"round {number + 1}: cut"):
+        batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
+        again = [replay[i] for i in replays(step)] if replay else []
+        # A rank for which the last batch of an epoch has no example takes part with an empty response.
+        mine = share(batch) or [batch[0]._replace(response=[], judged=None)]
+        bad = [(e, 1 / len(batch)) for e in mine if e.judged]
+        good = [(e, 1 / len(batch)) for e in mine if not e.judged]
+        good += [(e, 1 / len(again)) for e in share(again)]
+        micro = [judged_batch(part, flagged, args, device) for part in chunks(bad, args.micro_batch_size)]
+        micro += [good_batch(part, args, device) for part in chunks(good, 2 * args.micro_batch_size)]
+
+        loss_sum, sums = 0.0, torch.zeros(5, dtype=torch.float64)
+        for i, (tokens, targets, token_loss, per_token) in enumerate(micro):
+            # DistributedDataParallel averages gradients over ranks in the last backward pass only.
+            model.require_backward_grad_sync = i == len(micro) - 1
+            loss, logp = model(tokens, targets, token_loss, per_token)      # weighted: a mean over examples
+            (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
+            loss_sum += loss.item()
+            if len(logp) == 2:
+                sums += detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])).cpu()
+
+        lr = lr_at(step, peak, warmup, steps)
+        loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
+        run.log(step=number * steps + step, loss=loss, **detection_means(sums), lr=lr, grad_norm=norm, round=number)
+
+
+def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
+    """Weighted CUT loss of each token: logp (2, n), after (x, j-) and after x; weight, flagged (n,) -> (n,)."""
+    judged, plain = logp
+    flagged = find_flagged(logp, lam, flagged)
+    return weight * cut_token_loss(judged, plain, flagged, alpha, gamma)
+
+
+def find_flagged(logp, lam, flagged=None):
+    """The flagged tokens: decided beforehand if given, else by the model as it is now (live). -> (n,) bool."""
+    return detect(logp[0], logp[1], lam) if flagged is None else flagged
+
+
+def judged_batch(part, flagged, args, device):
+    """Bad responses in two passes: part of (example, weight) pairs -> tokens, targets, token_loss, per_token.
+
+    Only the prompts differ, so the passes have the same N response tokens in the same order, at other positions: this
+    is why everything is gathered by response token, never by position. `flagged` is {id: (tokens,) bool}, or None.
+    """
+    judged = collate([(e.judged, e.response) for e, _ in part], device)      # tokens, targets (b, T1), after (x, j-)
+    plain = collate([(e.prompt, e.response) for e, _ in part], device)       # tokens, targets (b, T2), after x alone
+    per_token = [token_weights(part, args, device)]
+    if flagged is not None:
+        per_token.append(torch.cat([flagged[e.id] for e, _ in part]).to(device))
+    token_loss = functools.partial(cut_step_loss, lam=args.lam, alpha=args.alpha, gamma=args.gamma)
+    return [judged[0], plain[0]], [judged[1], plain[1]], token_loss, per_token
+
+
+def good_batch(part, args, device):
+    """Good responses and replay, in one pass with plain likelihood: part of (example, weight) pairs -> as above."""
     tokens, targets = collate([(e.prompt, e.response) for e, _ in part], device)
-    w = token_weights([e for e, _ in part], [weight for _, weight in part], dtype, device)
-    return tokens, targets, lambda logp, s: -w[s] * logp[0], None
+    return tokens, targets, nll_token_loss, [token_weights(part, args, device)]
 
 
-def token_weights(examples, weights, dtype, device):
-    """An example's weight spread evenly over its response tokens (a mean over the example): (N,)."""
-    lengths = torch.tensor([len(e.response) for e in examples])
-    wide = torch.float64 if dtype == "float64" else torch.float32
-    return (torch.tensor(weights, dtype=wide) / lengths).repeat_interleave(lengths).to(device)
+def token_weights(part, args, device):
+    """Spreads an example's weight evenly over its response tokens: (example, weight) pairs -> (N,)."""
+    lengths = torch.tensor([len(e.response) for e, _ in part])
+    dtype = torch.float64 if args.dtype == "float64" else torch.float32
+    weights = torch.tensor([weight for _, weight in part], dtype=dtype)
+    return (weights / lengths).repeat_interleave(lengths).to(device)
 
 
-def largest_micro_batch(examples, size, max_length):
-    """(the (rows, tokens) of its passes, response tokens) of the micro-batch that may take most memory: `size` bad
-    responses, read twice, or twice as many good ones, read once. Without examples (those of an online run are yet to
-    be sampled), all of max_length."""
-    bad, good = ([e for e in examples if bool(e.judged) == kind] for kind in (True, False))
-    length = max((len(e.response) for e in examples), default=max_length)
-    kinds = [[(size, max(len(prompt) + len(e.response) for e, prompt in zip(bad, prompts)) - 1) for prompts in
-              ([e.judged for e in bad], [e.prompt for e in bad])]] if bad else []
-    kinds += [[(2 * size, max(e.size() for e in good) - 1)]] if good else []
-    passes = max(kinds or [[(size, max_length)] * 2], key=lambda passes: sum(b * t for b, t in passes))
-    return passes, passes[0][0] * length
+def detection_means(sums):
+    """losses.detection_sums of this rank -> the entries of the metrics file, over all ranks."""
+    tokens, flagged, log_ratio, flagged_loss, unflagged_loss = all_sum(sums.tolist())
+    return {
+        "flagged": flagged / max(1, tokens),
+        "log_ratio": log_ratio / max(1, tokens),
+        "flagged_loss": flagged_loss / max(1, flagged),
+        "unflagged_loss": unflagged_loss / max(1, tokens - flagged),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A round: responses and judgments, flagged tokens, measurement
+
+
+def collect_feedback(model, tokenizer, world, number, args):
+    """Fresh instructions, answered by the model as it is now, and judged -> records."""
+    asked = world.instructions("train", args.samples, f"round {number}")
+    responses = sample_responses(
+        model, tokenizer, asked, args.format, max_new_tokens=MAX_NEW_TOKENS, temperature=0.7,
+        seed=args.seed * 1000 + number, label=f"round {number + 1}: sampling")
+    judge, judged = JUDGES[args.judge], []
+    for r, (text,) in zip(asked, responses):
+        output = text or "."                                    # an empty response has no tokens to judge
+        judged.append({
+            "id": r["id"], "instruction": r["instruction"], "input": "", "output": output,
+            "judgment": judge(output, r["reference"]), "reference": r["reference"],
+            "correction": corrected(output, r["reference"]), "demonstration": world.demonstrate_once(r)})
+    return judged
+
+
+def load_feedback(model, tokenizer, world, number, args):
+    """The judged responses of a round, kept in round-N.jsonl; offline, those of all rounds come from the first model."""
+    rounds = range(number, args.rounds if args.offline else number + 1)
+    for n in rounds:
+        path = Path(args.out, f"round-{n}.jsonl")
+        if missing(path):
+            judged = collect_feedback(model, tokenizer, world, n, args)
+            write_on_rank_0(path, judged)
+    return read_json(Path(args.out, f"round-{number}.jsonl"))
+
+
+def flag_tokens(model, examples, number, args, device):
+    """CUT's detector on the bad responses, with the model as the round begins: {id: (tokens,) bool}.
+
+    Kept in flags-N.jsonl, because the model of a resumed run has moved on.
+    """
+    path = Path(args.out, f"flags-{number}.jsonl")
+    if missing(path):
+        bad = [e for e in examples if e.judged]
+        logp = judged_and_plain_logp(model, bad, device)
+        lines = [{"id": e.id, "flags": detect(*both, args.lam).tolist()} for e, both in zip(bad, logp)]
+        write_on_rank_0(path, lines)
+    return {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
+
+
+def all_tokens(examples):
+    """Every token of the bad responses as flagged, for plain unlikelihood: {id: (tokens,) bool}."""
+    return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
+
+
+def missing(path):
+    """Whether the file has yet to be made; all ranks agree."""
+    return all_sum([not path.is_file()]) != [0]
+
+
+def write_on_rank_0(path, records):
+    if rank() == 0:
+        write_json_lines(path, records)
+    barrier()                                                   # the others wait until the file is there
+
+
+def encode_round(tokenizer, judged, args):
+    """What the round trains on."""
+    return encode(tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length,
+                  hindsight=args.recipe == "hindsight")
+
+
+def measure(model, tokenizer, test, sft_errors, args):
+    """Exact match and errors on the test instructions, and the win rate against the SFT model."""
+    _, errors = answer_errors(model, tokenizer, test, args.format)
+    found = {"exact_match": exact_match(errors), "errors": sum(errors) / len(errors)}
+    if sft_errors is not None:
+        found["win_rate"], found["win_rate_se"] = win_rate(errors, sft_errors)
+    return found, errors
 
 
 def table(results):
-    """results.json as text, a line a round."""
+    """results.json as text, one line a round."""
+    sft = results["sft"]
     lines = ["round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds",
-             f"SFT          {results['sft']['exact_match']:.3f}   {results['sft']['errors']:.3f}"]
-    for i, r in enumerate(results["rounds"], 1):
-        lines.append(f"{i:<5}        {r['exact_match']:.3f}   {r['errors']:.3f}    {r['win_rate']:.3f} +- "
-                     f"{r['win_rate_se']:.3f}      {r['precision']:.3f}   {r['recall']:.3f}    {r['flagged']:.3f}  "
-                     f"{r['seconds']:7.1f}")
+             f"SFT          {sft['exact_match']:.3f}   {sft['errors']:.3f}"]
+    row = ("{number:<5}        {exact_match:.3f}   {errors:.3f}    {win_rate:.3f} +- {win_rate_se:.3f}      "
+           "{precision:.3f}   {recall:.3f}    {flagged:.3f}  {seconds:7.1f}")
+    for number, found in enumerate(results["rounds"], 1):
+        lines.append(row.format(number=number, **found))
     lines.append("precision, recall and flagged: of the round's bad responses, with the model as the round began; "
                  f"{results['seconds']:.0f} s in all, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB")
     return "\n".join(lines)
 
 
 def examples_marked(tokenizer, out, number, count=2):
-    """What CUT sees: sampled responses of a round, the flagged tokens in brackets."""
-    judged = read_json(out / f"round-{number}.jsonl")
-    detected = {r["id"]: torch.tensor(r["flags"]) for r in read_json(out / f"flags-{number}.jsonl", empty=True)}
+    """What CUT sees: responses of a round with the flagged tokens in brackets."""
+    flagged = {r["id"]: r["flags"] for r in read_json(Path(out, f"flags-{number}.jsonl"), empty=True)}
     lines = ["", "what CUT saw in the last round: in brackets, the tokens that the judgment made more than lambda "
              "times as likely"]
-    for r in [r for r in judged if r["id"] in detected and detected[r["id"]].any()][:count]:
-        marked = mark(tokenizer.pieces(tokenizer.encode_response(r["output"])), detected[r["id"]].tolist())
-        lines.append(f"  instruction  {r['instruction']}\n  judgment     {r['judgment']}\n  response     {marked}\n")
+    shown = [r for r in read_json(Path(out, f"round-{number}.jsonl")) if any(flagged.get(r["id"], []))]
+    for r in shown[:count]:
+        pieces = tokenizer.pieces(tokenizer.encode_response(r["output"]))
+        lines += [f"  instruction  {r['instruction']}", f"  judgment     {r['judgment']}",
+                  f"  response     {mark(pieces, flagged[r['id']])}", ""]
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def load_data(args):
+    """(tokenizer, the judged records of --data or None, the world or None, replay examples, test instructions)."""
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    if args.data:
+        judged = downsample_positives(read_judged(args.data, args.filter_noise), args.downsample)
+        bad = sum(r["judgment"] is not None for r in judged)
+        print0(f"training on {bad} negatives and {len(judged) - bad} positives")
+        return tokenizer, judged, None, [], []
+    world, replay = World(args.seed), []
+    if args.replay:
+        records = world.demonstrations(4000, JUDGES[args.judge], "replay")
+        records = [r for r in records if r["judgment"]]
+        replay = encode(tokenizer, records, args.format, args.max_length, hindsight=True)
+    return tokenizer, None, world, replay, world.instructions(args.split, 800)
+
+
+def largest_micro_batch(examples, rows, max_length):
+    """Tokens of the micro-batch that takes most memory: `rows` bad responses in two passes, or twice as many good ones
+    in one. Without examples (those of an online run are yet to be sampled), all have max_length."""
+    bad = [len(e.judged) + len(e.prompt) + 2 * len(e.response) for e in examples if e.judged]
+    good = [e.size() for e in examples if not e.judged]
+    return rows * max(max(bad, default=0), 2 * max(good, default=0)) or 2 * rows * max_length
 
 
 def main(argv=None):
     args = parse(argv)
+    if not args.data:
+        args.model = args.model or built_in(args.seed, args.judge, args.device)
+    device = set_up(args)
+    tokenizer, judged, world, replay, test = load_data(args)
+    examples = encode_round(tokenizer, judged, args) if judged else []
 
-    # --- set-up (this block is the same in the three train scripts)
-    rank, world, device = setup_distributed(args.device)
-    out, dtype = Path(args.out), DTYPES[args.dtype]
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world} ranks: "
-                         f"use {args.batch_size // world * world or world} or another number of ranks")
-    if args.model and out.resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {out} is the --model: the run would write over what it starts from; choose another")
-    if args.resume and not (out / "resume.pt").is_file():
-        raise InputError(f"{out}/resume.pt: nothing to resume: leave --resume out, or give the stopped run's --out")
-    torch.manual_seed(args.seed)
-    start_time = time.time()
-
-    # --- data, before the model: mistakes surface early
-    if args.data:
-        if not args.model:
-            raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
-        tokenizer = Tokenizer.from_pretrained(args.model)
-        judged = downsample_positives(read_judged(args.data, args.filter_noise), args.downsample)
-        bad = sum(r["judgment"] is not None for r in judged)
-        print0(f"training on {bad} negatives and {len(judged) - bad} positives")
-        answered = encode(tokenizer, judged, args.format, args.max_length)
-        replay, test = [], []
-    else:
-        args.model = args.model or train_sft.built_in(args.seed, args.judge, args.device)
-        tokenizer = Tokenizer.from_pretrained(args.model)
-        world_ = World(args.seed)
-        replay = [r for r in world_.demonstrations(4000, JUDGES[args.judge], "replay") if r["judgment"]]
-        replay = encode(tokenizer, replay, args.format, args.max_length, hindsight=True) if args.replay else []
-        answered, test = [], world_.instructions(args.split, 800)
-
-    # --- memory, before any of it is taken
-    targets = MLP_PROJECTIONS + (ATTENTION_PROJECTIONS if args.lora_attention else ())
-    size = min(args.micro_batch_size, args.batch_size // world)
-    check_memory(memory_estimate(
-        read_config(args.model, quiet=True)[0], dtype, *largest_micro_batch(answered, size, args.max_length),
-        lora_rank=args.lora_rank, lora_dropout=args.lora_dropout, targets=targets,
-        checkpoint=args.checkpoint_activations, autocast=args.autocast, zero_ranks=world if args.zero else 1,
-        device_type=device.type), device)
-
-    # --- model and optimizer
-    stop = StopSignal()
-    model = LLaMA.from_pretrained(args.model, dtype, device)
-    if args.lora_rank:
-        trainable = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
-        print0(f"training {trainable / 1e6:.1f} M adapter parameters, the rest is frozen")
-    detector = model if args.lora_rank and args.lora_dropout and args.flags == "live" else None
-    set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+    # --- memory estimate, model and optimizer
+    rows = min(args.micro_batch_size, args.batch_size // world_size())
+    config, _ = read_config(args.model, quiet=True)
+    estimate_memory(config, largest_micro_batch(examples, rows, args.max_length), args, device)
+    model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
+    prepare(model, args, device)
     optimizer = make_optimizer(model, zero=args.zero)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    results, position = {"rounds": []}, {"round": 0, "step": 0}
+    wrapped = distribute(model)
+    results = {}
     if test:
-        _, sft_errors = answer_errors(model, tokenizer, test, args.format, rank, world)
-        results["sft"] = {"exact_match": exact_match(sft_errors), "errors": sum(sft_errors) / len(test)}
-    if args.resume:
-        position = load_resume(out / "resume.pt", model, optimizer, vars(args))
-        results["rounds"] = json.loads(position["results"])
-    elif rank == 0:
-        for old in [*out.glob("round-*.jsonl"), *out.glob("flags-*.jsonl"), *out.glob("resume.pt")]:
+        results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
+    run = Run(args, model, optimizer, round=0, results=[])
+    if rank() == 0 and not args.resume:
+        for old in [*Path(args.out).glob("round-*.jsonl"), *Path(args.out).glob("flags-*.jsonl")]:
             old.unlink()
-    all_sum([0], device)                                                    # no rank may find an old file
-    metrics = open_metrics(out / "metrics.jsonl", position["round"] * args.steps + position["step"], rank)
-    run = {"prompt_format": args.format, "run": vars(args)}
+    barrier()
 
-    stopping = False
-    for number in range(position["round"], args.rounds):
-        # --- this round's responses and judgments; what the detector makes of them
-        round_time, start = time.time(), position["step"] if number == position["round"] else 0
+    for number in range(run.state["round"], args.rounds):
+        # --- the round's data, and what the detector makes of it
+        round_start = time.time()
         if not args.data:
-            for n in range(number, args.rounds if args.offline else number + 1):
-                path = out / f"round-{n}.jsonl"                             # offline: all rounds from the first model
-                if not path.is_file():
-                    judged = judged_round(model, tokenizer, world_, n, args, rank, world)
-                    if rank == 0:
-                        write_json_lines(path, judged)
-                    all_sum([0], device)                                    # the others wait until the file is there
-            judged = read_json(out / f"round-{number}.jsonl")
+            judged = load_feedback(model, tokenizer, world, number, args)
+            examples = encode_round(tokenizer, judged, args)
+        before = None                                           # flagged by the model as the round begins
+        if test or args.detect == "frozen":
             answered = encode(tokenizer, judged, args.format, args.max_length)
-        examples = answered if args.recipe == "cut" else encode(
-            tokenizer, RECIPES[args.recipe](judged), args.format, args.max_length, hindsight=args.recipe == "hindsight")
-        flags = {}
-        if args.flags == "all":
-            flags = {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
-        if test or args.flags == "frozen":
-            path = out / f"flags-{number}.jsonl"                            # kept: a resumed run's model has moved on
-            if not (start and path.is_file()):
-                bad = [e for e in answered if e.judged]
-                detected = [detect(*logp, args.lam).tolist() for logp in judged_and_plain_logp(model, bad, device)]
-                if rank == 0:
-                    write_json_lines(path, [{"id": e.id, "flags": f} for e, f in zip(bad, detected)])
-                all_sum([0], device)
-            detected = {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
-            flags = detected if args.flags == "frozen" else flags
-        batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
-        replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number) if replay else None
-        steps = args.steps if args.steps >= 0 else math.ceil(args.epochs * batches.per_epoch)
-        if args.data:
-            print0(f"{len(examples)} examples, {steps} steps of {args.batch_size} over {world} ranks; an epoch's last "
-                   f"batch has {len(examples) - (batches.per_epoch - 1) * args.batch_size}")
+            before = flag_tokens(model, answered, number, args, device)
+        flagged = {"live": None, "frozen": before, "all": all_tokens(examples)}[args.detect]
+        steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
 
-        # --- loop
-        bar = tqdm(range(start, steps), desc=f"round {number + 1}: cut", initial=start, total=steps, disable=rank > 0,
-                   unit="step", leave=False)
-        for step in bar:
-            step_time = time.time()
-            torch.manual_seed((args.seed * 1000 + number) * 10**6 + step + 10**9 * rank)    # dropout: the step decides
-            batch = [examples[i] for i in batches(step)]                    # the whole step's examples, on every rank
-            again = [replay[i] for i in replays(step)] if replay else []
-            mine = batch[rank::world]
-            pairs = [e for e in mine if e.judged]
-            singles = [(e, 1 / len(batch)) for e in mine if not e.judged]
-            singles += [(e, 1 / len(again)) for e in again[rank::world]]
-            if not pairs and not singles:                                   # an uneven tail left this rank without any
-                singles = [(batch[0]._replace(judged=None), 0.0)]
-            micro = [pair_batch(part, 1 / len(batch), flags, args, device, detector)
-                     for part in chunks(pairs, args.micro_batch_size)]
-            micro += [single_batch(part, device, args.dtype) for part in chunks(singles, 2 * args.micro_batch_size)]
-            loss_sum, seen = 0.0, torch.zeros(5, dtype=torch.float64)
-            for i, (tokens, targets, token_loss, given) in enumerate(micro):
-                wrapped.require_backward_grad_sync = i == len(micro) - 1
-                loss, logp = wrapped(tokens, targets, token_loss)           # already a mean over the step's examples
-                (loss * world).backward()                                   # DDP averages over ranks: hence * world
-                loss_sum += loss.item()
-                if len(logp) == 2:
-                    seen += detection_sums(*logp, detect(*logp, args.lam) if given is None else given).cpu()
-            loss_sum, stopping, *seen = all_sum([loss_sum, stop.requested, *seen.tolist()], device)
-            if not math.isfinite(loss_sum):
-                raise FloatingPointError(f"step {step}: the loss is {loss_sum}; examples {[e.id for e in batch]}")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            lr = lr_at(step, args.lr * args.lr_decay ** number, math.ceil(args.warmup * steps), steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            # --- log and save
-            count, flagged, log_ratio, flagged_loss, unflagged_loss = seen
-            metrics({"step": number * steps + step, "round": number, "loss": loss_sum, "lr": lr,
-                     "grad_norm": norm.item(), "flagged": flagged / max(1, count),
-                     "log_ratio": log_ratio / max(1, count), "flagged_loss": flagged_loss / max(1, flagged),
-                     "unflagged_loss": unflagged_loss / max(1, count - flagged), "seconds": time.time() - step_time})
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss_sum:.3f}", flagged=f"{flagged / max(1, count):.1%}")
-            if stopping or (step + 1) % args.save_every == 0:
-                save_resume(out / "resume.pt", model, optimizer,
-                            {"round": number, "step": step + 1, "results": json.dumps(results["rounds"]),
-                             "run": vars(args)}, rank)
-            if stopping:
-                break
-        if stopping:
+        train(wrapped, examples, flagged, replay, steps, run, args, device)
+        if run.stopped:
             break
-
-        # --- evaluate
         if test:
-            _, errors = answer_errors(model, tokenizer, test, args.format, rank, world)
-            results["rounds"].append({
-                "exact_match": exact_match(errors), "errors": sum(errors) / len(test),
-                **dict(zip(("win_rate", "win_rate_se"), win_rate(errors, sft_errors))),
-                **detection(tokenizer, detected, judged), "seconds": time.time() - round_time})
-            save_resume(out / "resume.pt", model, optimizer,
-                        {"round": number + 1, "step": 0, "results": json.dumps(results["rounds"]),
-                         "run": vars(args)}, rank)
+            found, _ = measure(model, tokenizer, test, sft_errors, args)
+            found.update(detection(tokenizer, before, judged), seconds=time.time() - round_start)
+            run.state["results"].append(found)
+        run.state.update(round=number + 1, step=0)
+        run.save()
 
-    # --- save
-    if rank == 0:
-        if args.lora_rank:
-            save_adapter(model, out / "adapter", args.model)
-            merge_lora(model)                                               # the next round's base, as published
-        model.save_pretrained(out, tokenizer, extra=run)
-    if test and rank == 0 and not stopping:
-        results.update(seconds=time.time() - start_time, peak_memory_bytes=peak_memory(device))
-        write_json(out / "results.json", results)
+    save_model(model, args.out, tokenizer, args.model, {"prompt_format": args.format, "run": vars(args)})
+    if test and rank() == 0 and not run.stopped:
+        results.update(rounds=run.state["results"], seconds=run.seconds(), peak_memory_bytes=peak_memory(device))
+        write_json(Path(args.out, "results.json"), results)
         print(table(results))
-        if args.flags != "all" and results["rounds"]:
-            print(examples_marked(tokenizer, out, args.rounds - 1))
-    print0(f"{'stopped: go on with --resume; ' if stopping else ''}model in {out}, {time.time() - start_time:.0f} s")
-    return 130 if stopping else 0
+        if args.detect != "all":
+            print(examples_marked(tokenizer, args.out, args.rounds - 1))
+    return run.finish()
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, epilog=describe_defaults(DEFAULTS),
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(p)
+    add_execution_flags(p)
+    # method
+    p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
+    p.add_argument("--detect", choices=("live", "frozen", "all"), default="live",
+                   help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
+    p.add_argument("--lam", type=in_range(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
+    p.add_argument("--alpha", type=nonnegative_float, help="weight of unlikelihood")
+    p.add_argument("--gamma", type=nonnegative_float, default=0.0, help="exponent of its weight p(y|x,j)^gamma")
+    # data
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
+    p.add_argument("--filter-noise", action="store_true", help="leave out '$ERROR$' and 'perfect' judgments")
+    p.add_argument("--downsample", type=float, help="positives kept per negative (-1 keeps all)")
+    p.add_argument("--rounds", type=positive_int, help="online rounds")
+    p.add_argument("--samples", type=positive_int, default=1500, help="instructions answered in a round")
+    p.add_argument("--offline", action="store_true", help="collect all rounds' responses from the first model")
+    p.add_argument("--replay", type=nonnegative_int, help="judged SFT examples beside each batch")
+    p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
+    # optimization
+    p.add_argument("--steps", type=positive_int, help="optimizer steps a round (default: from --epochs)")
+    p.add_argument("--epochs", type=nonnegative_float, help="passes over the data, if --steps is not given")
+    p.add_argument("--lr-decay", type=nonnegative_float, default=0.6, help="factor on the peak rate a round")
+    p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
+    args = p.parse_args(argv)
+    fill_defaults(args, DEFAULTS)
+    args.out = args.out or f"out/cut-{Path(args.data).stem if args.data else args.seed}"
+    if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
+        raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world: leave "
+                         "--data out, or these")
+    return args
 
 
 if __name__ == "__main__":
