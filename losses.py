@@ -133,14 +133,16 @@ def cut_loss(logp_judged, logp_plain, lengths, logp_positive=None, positive_leng
 
 
 def detection_sums(logp_judged, logp_plain, flagged):
-    """What a CUT step logs, as sums that can be added over ranks: (5,) = tokens, flagged tokens, log-ratio over all
-    tokens, unlikelihood over the flagged ones, NLL over the others (both unweighted, under the plain prompt)."""
+    """What a CUT step logs, as sums over tokens: their number, those flagged, the log-ratio, the unlikelihood of the
+    flagged ones and the NLL of the others (both unweighted, under the plain prompt)."""
     zero = torch.zeros_like(logp_plain)
-    flagged_loss = torch.where(flagged, unlikelihood(logp_plain), zero)
-    unflagged_loss = torch.where(flagged, zero, -logp_plain)
-    sums = [torch.ones_like(logp_plain).sum(), flagged.sum().to(logp_plain.dtype),
-            (logp_judged - logp_plain).sum(), flagged_loss.sum(), unflagged_loss.sum()]
-    return torch.stack(sums).detach()
+    return {
+        "tokens": len(logp_plain),
+        "flagged": flagged.sum(),
+        "log_ratio": (logp_judged - logp_plain).sum(),
+        "flagged_loss": torch.where(flagged, unlikelihood(logp_plain), zero).sum(),
+        "unflagged_loss": torch.where(flagged, zero, -logp_plain).sum(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------

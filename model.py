@@ -12,6 +12,7 @@ Shapes, used in every comment of the repository:
 Modules carry the names of Hugging Face's LLaMA, so a state_dict *is* the published layout and no table of names is
 needed: model.layers.0.self_attn.q_proj.weight and so on.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -832,17 +833,6 @@ def write_model_directory(directory, config, weights, architecture, tokenizer, e
     write_json(d / "config.json", {**raw, **(extra or {})})                 # last: its presence says the rest is there
 
 
-def save_model(model, directory, tokenizer, base="", extra=None):
-    """Writes a trained model, on rank 0: whole, for transformers and vLLM, and if it was trained with LoRA its adapters
-    in adapter/, in PEFT's layout with `base` as the base model. Afterwards the adapters are merged."""
-    if rank():
-        return
-    if lora_layers(model):
-        save_adapter(model, Path(directory, "adapter"), base)
-        merge_lora(model.to("cpu"))                                         # a GPU may have no room to merge
-    model.save_pretrained(directory, tokenizer, extra)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and processes. Every rank must reach every collective: no `if rank() == 0` around anything that communicates.
 
@@ -930,7 +920,7 @@ def set_execution(model, device, checkpoint=False, compiled=False, autocast=Fals
     autocast    matmuls in bf16, with weights, gradients and the residual stream in fp32. Full fine-tuning of bf16
                 weights would lose updates smaller than 1/256 of a weight.
     """
-    dtype = model.lm_head.weight.dtype
+    dtype = model.model.norm.weight.dtype
     if autocast and dtype != torch.float32:
         raise InputError(f"--autocast with --dtype {str(dtype).removeprefix('torch.')}: it runs the matmuls of fp32 "
                          "weights in bf16: leave one of the two out")
@@ -1070,7 +1060,7 @@ class Run:
         for step in run.steps(args.steps, "sft"):
             ...                                          # the lesson: backward passes over the step's examples
             loss, norm = run.update(loss, lr)
-            run.log(step=step, loss=loss, grad_norm=norm)
+            run.log(step=step, loss=loss, grad_norm=norm)    # and run.totals(), of numbers that were added
 
     `state` is what a resumed run needs besides weights and optimizer; a loop may add to it. Random choices derive from
     (seed, step), so no generator state is kept. resume.pt is in the run folder exactly while the run is unfinished.
@@ -1081,6 +1071,7 @@ class Run:
         self.path = Path(args.out, "resume.pt")
         self.state = {"step": 0, "lines": 0, **state}
         self.start = self.step_start = time.time()
+        self.sums = collections.Counter()
         self.stopped = False
         self.interrupted = catch_interrupts()
         if args.resume:
@@ -1122,6 +1113,19 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm.item()
+
+    def add(self, **numbers):
+        """Adds numbers of a micro-batch to the sums that the step will log."""
+        for name, number in numbers.items():
+            self.sums[name] += float(number)
+
+    def totals(self):
+        """{name: sum} of what all ranks have added since the last call; 0 for a name that nobody has added."""
+        totals = collections.Counter()
+        for name, number in gather_lists(self.sums.items()):
+            totals[name] += number
+        self.sums.clear()
+        return totals
 
     def log(self, **metrics):
         """Appends one line to metrics.jsonl; the progress bar shows its second to fourth entry."""

@@ -42,11 +42,11 @@ from evaluate import (
 from losses import cut_token_loss, detect, detection_sums, nll_token_loss
 from model import (
     DTYPES, LLaMA, Run, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
-    read_config, save_model, share, world_size)
+    read_config, share, world_size)
 from simulate import sample_responses
 from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
-    prepare, set_up)
+    prepare, save_run, set_up)
 
 # Defaults: (with --data, in the built-in world). With --data they are the paper's, except for the learning rate: its
 # 4e-4 was never reached in an online run, whose data ended within the warm-up; 1.5e-4 is what ran.
@@ -117,7 +117,7 @@ def train(model, examples, flagged, replay, steps, run, args, device):
         micro = [judged_batch(part, flagged, args, device) for part in chunks(bad, args.micro_batch_size)]
         micro += [good_batch(part, args, device) for part in chunks(good, 2 * args.micro_batch_size)]
 
-        loss_sum, sums = 0.0, torch.zeros(5, dtype=torch.float64)
+        loss_sum = 0.0
         for i, (tokens, targets, token_loss, per_token) in enumerate(micro):
             # DistributedDataParallel averages gradients over ranks in the last backward pass only.
             model.require_backward_grad_sync = i == len(micro) - 1
@@ -125,11 +125,11 @@ def train(model, examples, flagged, replay, steps, run, args, device):
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
             if len(logp) == 2:
-                sums += detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])).cpu()
+                run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])))
 
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
-        run.log(step=number * steps + step, loss=loss, **detection_means(sums), lr=lr, grad_norm=norm, round=number)
+        run.log(step=number * steps + step, loss=loss, **detection_means(run.totals()), lr=lr, grad_norm=norm)
 
 
 def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
@@ -173,14 +173,14 @@ def token_weights(part, args, device):
     return (weights / lengths).repeat_interleave(lengths).to(device)
 
 
-def detection_means(sums):
-    """losses.detection_sums of this rank -> the entries of the metrics file, over all ranks."""
-    tokens, flagged, log_ratio, flagged_loss, unflagged_loss = all_sum(sums.tolist())
+def detection_means(total):
+    """losses.detection_sums over all ranks -> means for the metrics file."""
+    tokens, flagged = max(1, total["tokens"]), total["flagged"]
     return {
-        "flagged": flagged / max(1, tokens),
-        "log_ratio": log_ratio / max(1, tokens),
-        "flagged_loss": flagged_loss / max(1, flagged),
-        "unflagged_loss": unflagged_loss / max(1, tokens - flagged),
+        "flagged": flagged / tokens,
+        "log_ratio": total["log_ratio"] / tokens,
+        "flagged_loss": total["flagged_loss"] / max(1, flagged),
+        "unflagged_loss": total["unflagged_loss"] / max(1, tokens - flagged),
     }
 
 
@@ -224,14 +224,17 @@ def flag_tokens(model, examples, number, args, device):
     if missing(path):
         bad = [e for e in examples if e.judged]
         logp = judged_and_plain_logp(model, bad, device)
-        lines = [{"id": e.id, "flags": detect(*both, args.lam).tolist()} for e, both in zip(bad, logp)]
+        lines = []
+        for e, (judged, plain) in zip(bad, logp):
+            lines.append({"id": e.id, "flags": detect(judged, plain, args.lam).tolist()})
         write_on_rank_0(path, lines)
     return {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
 
 
 def all_tokens(examples):
     """Every token of the bad responses as flagged, for plain unlikelihood: {id: (tokens,) bool}."""
-    return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples if e.judged}
+    bad = [e for e in examples if e.judged]
+    return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in bad}
 
 
 def missing(path):
@@ -276,10 +279,12 @@ def table(results):
 
 def examples_marked(tokenizer, out, number, count=2):
     """What CUT sees: responses of a round with the flagged tokens in brackets."""
-    flagged = {r["id"]: r["flags"] for r in read_json(Path(out, f"flags-{number}.jsonl"), empty=True)}
+    judged = read_json(Path(out, f"round-{number}.jsonl"))
+    lines = read_json(Path(out, f"flags-{number}.jsonl"), empty=True)
+    flagged = {r["id"]: r["flags"] for r in lines if any(r["flags"])}
+    shown = [r for r in judged if r["id"] in flagged]
     lines = ["", "what CUT saw in the last round: in brackets, the tokens that the judgment made more than lambda "
              "times as likely"]
-    shown = [r for r in read_json(Path(out, f"round-{number}.jsonl")) if any(flagged.get(r["id"], []))]
     for r in shown[:count]:
         pieces = tokenizer.pieces(tokenizer.encode_response(r["output"]))
         lines += [f"  instruction  {r['instruction']}", f"  judgment     {r['judgment']}",
@@ -310,9 +315,15 @@ def load_data(args):
 def largest_micro_batch(examples, rows, max_length):
     """Tokens of the micro-batch that takes most memory: `rows` bad responses in two passes, or twice as many good ones
     in one. Without examples (those of an online run are yet to be sampled), all have max_length."""
-    bad = [len(e.judged) + len(e.prompt) + 2 * len(e.response) for e in examples if e.judged]
-    good = [e.size() for e in examples if not e.judged]
-    return rows * max(max(bad, default=0), 2 * max(good, default=0)) or 2 * rows * max_length
+    if not examples:
+        return 2 * rows * max_length
+    tokens = []
+    for e in examples:
+        if e.judged:
+            tokens.append(len(e.judged) + len(e.prompt) + 2 * len(e.response))
+        else:
+            tokens.append(2 * e.size())
+    return rows * max(tokens)
 
 
 def main(argv=None):
@@ -336,8 +347,9 @@ def main(argv=None):
         results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
     run = Run(args, model, optimizer, round=0, results=[])
     if rank() == 0 and not args.resume:
-        for old in [*Path(args.out).glob("round-*.jsonl"), *Path(args.out).glob("flags-*.jsonl")]:
-            old.unlink()
+        for kind in ("round", "flags"):
+            for old in Path(args.out).glob(f"{kind}-*.jsonl"):  # of an earlier run
+                old.unlink()
     barrier()
 
     for number in range(run.state["round"], args.rounds):
@@ -363,9 +375,11 @@ def main(argv=None):
         run.state.update(round=number + 1, step=0)
         run.save()
 
-    save_model(model, args.out, tokenizer, args.model, {"prompt_format": args.format, "run": vars(args)})
+    save_run(model, tokenizer, args)
     if test and rank() == 0 and not run.stopped:
-        results.update(rounds=run.state["results"], seconds=run.seconds(), peak_memory_bytes=peak_memory(device))
+        results["rounds"] = run.state["results"]
+        results["seconds"] = run.seconds()
+        results["peak_memory_bytes"] = peak_memory(device)
         write_json(Path(args.out, "results.json"), results)
         print(table(results))
         if args.detect != "all":

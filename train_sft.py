@@ -27,9 +27,9 @@ from data import (
     read_judge_training, read_judged, run_main, world_tokenizer)
 from losses import nll_token_loss
 from model import (
-    ATTENTION_MODULES, DTYPES, MLP_MODULES, Config, LLaMA, Run, add_lora, check_memory, distribute, lr_at,
-    make_optimizer, memory_estimate, on_meta, read_config, save_model, set_execution, setup_device, share,
-    world_size)
+    ATTENTION_MODULES, DTYPES, MLP_MODULES, Config, LLaMA, Run, add_lora, check_memory, distribute,
+    lora_layers, lr_at, make_optimizer, memory_estimate, merge_lora, on_meta, rank, read_config,
+    save_adapter, set_execution, setup_device, share, world_size)
 
 # Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's.
 DEFAULTS = {
@@ -139,10 +139,8 @@ def main(argv=None):
 
     train(distribute(model), examples, args.steps, run, args, device)
 
-    extra = {"prompt_format": args.format, "run": vars(args), "steps_done": run.state["step"]}
-    if args.recipe == "conditioning":
-        extra["reward_token"] = 0                               # the control token that asks for good answers
-    save_model(model, args.out, tokenizer, args.model, extra)
+    token = 0 if args.recipe == "conditioning" else None        # the control token that asks for good answers
+    save_run(model, tokenizer, args, reward_token=token)
     return run.finish()
 
 
@@ -201,6 +199,18 @@ def prepare(model, args, device):
         trained = add_lora(model, args.lora_rank, args.lora_alpha, lora_modules(args))
         print0(f"training {trained / 1e6:.1f} M adapter parameters, the rest is frozen")
     set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+
+
+def save_run(model, tokenizer, args, **extra):
+    """Writes the trained model into the run folder, on rank 0: whole, for transformers and vLLM, and if it was trained
+    with LoRA its adapters in adapter/, in PEFT's layout. `extra` goes into config.json, beside format and flags."""
+    if rank():
+        return
+    if lora_layers(model):
+        save_adapter(model, Path(args.out, "adapter"), args.model)
+        merge_lora(model.to("cpu"))                             # a GPU may have no room to merge
+    extra.update(prompt_format=args.format, run=vars(args))
+    model.save_pretrained(args.out, tokenizer, extra)
 
 
 def add_common_flags(p):
