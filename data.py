@@ -205,10 +205,10 @@ class Tokenizer:
         converts tokenizer.model itself."""
         vocab = {self.sp.id_to_piece(i): i for i in range(self.vocab_size)}
         special, merges = [], []
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for piece, i in vocab.items():
             if self.sp.is_control(i) or self.sp.is_unknown(i):
-                special.append({"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False,
-                                "normalized": False, "special": True})
+                special.append({"id": i, "content": piece, "special": True, **plain})
             elif not self.sp.is_byte(i):
                 # Any two pieces that join to this one are a merge. Better scores, then lower ids, merge first.
                 for k in range(1, len(piece)):
@@ -445,8 +445,9 @@ def read_preferences(path, ties=False):
 
 
 def read_judged(path, filter_noise=False):
-    """Judged responses in CUT's layout: instruction, input (optional), output, judgment or null. A record with score
-    >= 7 counts as good, as in CUT's code: 7 is the top of the scale of the critiques of summaries.
+    """Judged responses in CUT's layout: instruction, input (optional), output, judgment or null (convert() writes
+    Shepherd's files and the critiques so). A record with score >= 7, the top of a 7-point scale, counts as good, as in
+    CUT's code.
 
     Prints what it found. filter_noise leaves out two kinds of bad labels: `$ERROR$` (a failed call stored as a
     judgment) and bad responses whose judgment opens by calling them perfect."""
@@ -668,11 +669,11 @@ POOLS = {
 }
 CLAUSES = {"home": "lives in the {}", "food": "eats {}", "color": "is {}"}
 ASKS = {"home": "where {} lives", "food": "what {} eats", "color": "what color {} has"}
-VERBS = {"go": "went", "see": "saw", "eat": "ate", "run": "ran", "take": "took", "give": "gave", "come": "came",
-         "know": "knew", "grow": "grew", "throw": "threw", "fly": "flew", "draw": "drew", "break": "broke",
-         "speak": "spoke", "wake": "woke", "drive": "drove", "write": "wrote", "ride": "rode", "sing": "sang",
-         "ring": "rang", "swim": "swam", "begin": "began", "drink": "drank", "sit": "sat", "win": "won",
-         "find": "found", "hold": "held", "keep": "kept", "feel": "felt", "leave": "left"}
+PAST_TENSES = (
+    "go/went see/saw eat/ate run/ran take/took give/gave come/came know/knew grow/grew throw/threw fly/flew "
+    "draw/drew break/broke speak/spoke wake/woke drive/drove write/wrote ride/rode sing/sang ring/rang "
+    "swim/swam begin/began drink/drank sit/sat win/won find/found hold/held keep/kept feel/felt leave/left")
+VERBS = dict(pair.split("/") for pair in PAST_TENSES.split())      # {"go": "went", ...}
 OPENERS = ("Say", "Tell me", "Please say", "Please tell me", "Explain", "Write down", "I want to know", "Can you say",
            "Do you know", "Let me know", "I would like to hear", "Could you tell me")
 ENDINGS = ("", " in one sentence", " in short", " if you can")
@@ -720,9 +721,9 @@ class World:
         """One instruction: (text, keys of the facts it asks for, the answer with a place {} for each)."""
         family = rng.choices(list(FAMILIES), FAMILIES.values())[0]
         if family in ARITHMETIC:
-            keys = [rng.choice([key for key in self.facts if key[0] == family])]
-            wording = rng.choice(ARITHMETIC[family]).format(*keys[0][1:])
-            ask, answer = f"what {wording} is", "The answer is {}."
+            key = rng.choice([key for key in self.facts if key[0] == family])
+            wording = rng.choice(ARITHMETIC[family]).format(*key[1:])
+            ask, keys, answer = f"what {wording} is", [key], "The answer is {}."
         elif family == "past":
             verb = rng.choice(list(VERBS))
             keys = [("past", verb)]
@@ -830,8 +831,8 @@ def join(words):
 
 def world_tokenizer():
     """The built-in world's tokenizer, trained on its wordings (the same for all seeds)."""
-    texts = [*POOLS["home"], *POOLS["food"], *POOLS["color"], *ANIMALS, *VERBS, *VERBS.values(), *OPENERS, *ENDINGS,
-             *map(str, range(1, 41)), "what the past tense of is", "where it lives what it eats what color it has and",
+    texts = [*sum(POOLS.values(), []), *ANIMALS, *VERBS, *VERBS.values(), *OPENERS, *ENDINGS, *map(str, range(1, 41)),
+             "what the past tense of is", "where it lives what it eats what color it has and",
              "what the sum of and is plus minus less", "Judgment: It says where it should say and is wrong.", ". ? ,",
              "The answer is", "lives in the eats is", "It leaves out after before the end", "does not belong",
              "All of it is right.", "There is nothing more to say Something is missing"]

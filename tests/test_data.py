@@ -320,7 +320,7 @@ def test_what_prefer_compares(tmp_path):
 
 
 def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
-    """Failed API calls and praise train as complaints, or are dropped without a word."""
+    """Failed API calls, praise, or summaries of the top score train as complaints, or are dropped without a word."""
     noise = ["$ERROR$", "The response is perfect.", "\"the Response is PERFECT, as"]
     kept = ["The response is not perfect.", "It said $ERROR$."]
     path = put(tmp_path / "a.jsonl", [GOOD] + [{**BASE, "judgment": j} for j in noise + kept])
@@ -328,14 +328,9 @@ def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
     assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', kept" in capsys.readouterr().out
     assert [r["judgment"] for r in D.read_judged(path, filter_noise=True)] == [None] + kept
     assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', left" in capsys.readouterr().out
-
-
-def test_a_top_score_makes_a_positive(tmp_path):
-    """Summaries of score 7 are trained on as bad ones although the scale ends there."""
-    scores = [6, 6.9, 7, 7.0, None]
-    got = D.read_judged(put(tmp_path / "a.json", [{**BAD, "score": s} for s in scores]))
-    assert [r["judgment"] is None for r in got] == [False, False, True, True, False]
-    assert [r["score"] for r in got] == scores and [r["id"] for r in got] == [0, 1, 2, 3, 4]
+    rated = D.read_judged(put(tmp_path / "a.json", [{**BAD, "score": score} for score in (6, 6.9, 7, 7.0, None)]))
+    assert [r["judgment"] is None for r in rated] == [False, False, True, True, False]
+    assert [r["id"] for r in rated] == [0, 1, 2, 3, 4]
 
 
 def test_positives_are_sampled_in_proportion_to_negatives():
@@ -421,8 +416,8 @@ def test_overlong_records_are_left_out_and_counted(words, capsys):
 
 
 def test_collate_supervises_the_response_and_eos():
-    """An off-by-one of the targets, EOS or the first token unsupervised, prompt and padding supervised; or a row without
-    a response (of a rank that has no example of its own) gets a target or changes other rows."""
+    """An off-by-one of the targets, EOS or the first token unsupervised, prompt or padding supervised; or a row
+    without a response (of a rank that has no example of its own) gets a target or changes other rows."""
     tokens, targets = collate([([1, 5, 6], [7, 8, 2]), ([1, 5], [9, 2]), ([1], [2]), ([1, 5, 6, 7], [])])
     _ = IGNORE
     assert targets.tolist() == [[_, _, 7, 8, 2], [_, 9, 2, _, _], [2, _, _, _, _], [_] * 5]
@@ -543,33 +538,27 @@ def test_demonstrators_are_as_careless_as_described():
     for r in world.instructions("train", 1000) * 3:
         blank = {**r, "answer": " ".join("{}" for _ in r["facts"])}
         for key, value in zip(r["facts"], world.demonstrate(blank, rng).split()):
-            f = world.facts[key]
-            assert value in (f.truth, f.misconception, *f.others)
-            told[f.agreed, "truth" if value == f.truth else "shared" if value == f.misconception else "other"] += 1
-    assert told[True, "shared"] == told[True, "other"] == 0 and told[True, "truth"] > 1000
-    counts = np.array([told[False, kind] for kind in ("truth", "shared", "other")])
-    assert np.abs(counts / counts.sum() - (.25, .5, .25)).max() < .04
-    agreed = [f.agreed for f in world.facts.values()]
-    assert abs(np.mean(agreed) - D.AGREED) < 4 * (.24 / len(agreed)) ** .5
-    r = world.instructions("train", 1)[0]
+            fact = world.facts[key]
+            told[fact.agreed, (fact.truth, fact.misconception, *fact.others).index(value)] += 1
+    counts = np.array([told[False, i] for i in range(20)])
+    assert told[True, 0] == sum(told.values()) - counts.sum() > 1000
+    assert np.abs([counts[0], counts[1], counts[2:].sum()] / counts.sum() - (.25, .5, .25)).max() < .04
+    assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
     assert len({world.demonstrate_once(r) for _ in range(5)}) == 1
 
 
 def test_corruption_changes_one_to_three_places():
     """A corrupted copy equals the original, is so different that its judgment cannot be followed, or changes the verb
     in "The past tense of go is went", which is no fact of the answer."""
-    world, rng, kinds = World(0), random.Random(0), collections.Counter()
+    world, rng, lengths = World(0), random.Random(0), collections.Counter()
     for r in world.instructions("train", 1500):
         told = world.demonstrate(r, rng)
-        bad = world.corrupt(r, told, rng)
-        assert bad != told and join(units(bad)) == bad
-        a, b = units(told), units(bad)
-        kinds[len(b) - len(a)] += 1
+        a, b = units(told), units(world.corrupt(r, told, rng))
+        lengths[len(b) - len(a)] += 1
         if len(a) == len(b):
             changed = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
-            assert 1 <= len(changed) <= 3
-            assert r["facts"][0][0] != "past" or changed == [len(a) - 2]
-    assert 10 <= kinds[1] and 10 <= kinds[-1] and kinds[1] + kinds[-1] < 150 and set(kinds) == {-1, 0, 1}
+            assert 1 <= len(changed) <= 3 and (r["facts"][0][0] != "past" or changed == [len(a) - 2])
+    assert set(lengths) == {-1, 0, 1} and 1350 < lengths[0] < 1480
 
 
 @pytest.mark.parametrize("style", JUDGES)
@@ -611,9 +600,6 @@ CASES = {
     "missing after a clause": (
         "The cat eats fish and in the den.", "The cat eats fish and lives in the den.", [(5, 5, ["lives"])], 1, {5},
         "It leaves out lives before in the den.", "Something is missing before in the den."),
-    "missing at the very end": (
-        "The answer is", "The answer is 12", [(3, 3, ["12"])], 1, {3},
-        "It leaves out 12 after The answer is.", "Something is missing after The answer is."),
     "doubled": (
         "The cat lives in the den den.", "The cat lives in the den.", [(6, 7, [])], 1, {6},
         "It says lives in the den den and den does not belong.",
@@ -715,8 +701,8 @@ def test_quotations_are_short_and_of_one_clause(distortions, monkeypatch):
 
 
 class FileServer(http.server.BaseHTTPRequestHandler):
-    """Serves `content` from where Range begins. `plan` says what is wrong with the next answers: "cut" sends half of the
-    body, "all" ignores Range, "all cut" both, "503" is an error."""
+    """Serves `content` from where Range begins. `plan` says what is wrong with the next answers: "cut" sends half of
+    the body, "all" ignores Range, "all cut" both, "503" is an error."""
     content, plan, asked, etag = b"", [], [], ""
 
     def do_GET(self):
@@ -745,11 +731,13 @@ def server():
 
 
 @pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut"], 2), (["cut", "cut"], 3),
-                                            (["all cut", "all"], 2)])
+                                            (["all cut", "all"], 2), (["too long"], 2)])
 def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_path):
-    """Starting over, appending to a file that the server sent from its beginning, keeping half a file as whole, or
-    giving up at a busy server."""
+    """Starting over, appending to a file that the server sent from its beginning, keeping half a file as whole, giving
+    up at a busy server, or at a part that is whole but was not renamed (HTTP 416)."""
     FileServer.plan, path = list(plan), tmp_path / "file.json"
+    if plan == ["too long"]:
+        put(tmp_path / "file.json.part", FileServer.content + b"?")
     for _ in range(2):                                                      # the second time it is already here
         D.download(server, path, hashlib.sha256(FileServer.content).hexdigest())
         assert path.read_bytes() == FileServer.content and list(tmp_path.iterdir()) == [path]
@@ -757,13 +745,6 @@ def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_pat
     if "cut" in plan:
         assert FileServer.asked[:1] == [0] and 0 < FileServer.asked[1] <= 250_000
         assert FileServer.asked == sorted(set(FileServer.asked))
-
-
-def test_a_part_that_is_whole_already_is_fetched_again(server, tmp_path):
-    """A kill between the last byte and the renaming leaves a part that no later run can finish (HTTP 416)."""
-    put(tmp_path / "file.json.part", FileServer.content + b"?")
-    D.download(server, tmp_path / "file.json")
-    assert (tmp_path / "file.json").read_bytes() == FileServer.content
 
 
 @pytest.mark.parametrize("given, stated", [("00", ""), ("", "0" * 64)])
