@@ -1,4 +1,5 @@
-"""data.py: the tokenizer against sentencepiece and transformers, prompts, readers, batches, the built-in world."""
+"""data.py: the tokenizer against sentencepiece and transformers, prompts, readers, batches, the built-in world and the
+judge that knows its truth, downloads."""
 import collections
 import gzip
 import hashlib
@@ -9,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data as D  # noqa: E402
-from data import FORMATS, Batches, InputError, Tokenizer, World, collate, encode, format_prompt, split  # noqa: E402
-from losses import IGNORE  # noqa: E402
+from data import (FORMATS, IGNORE, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate,  # noqa: E402
+                  corrected, differences, encode, format_prompt, join, judge_reference, units)
 from model import Config, LLaMA  # noqa: E402
-from simulate import judge_corrects, judge_points  # noqa: E402
 
 torch.set_num_threads(1)
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL = ROOT.parent / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files at {REAL.parent.name}/{REAL.name}")
 TEXTS = ["The answer is 12.", "a", "a b", "a  b", " a", "  a", "a ", "a  ", " ", "   ", "", "\n", "\n\n",
          "\na", "a\n b", "a\n\n  b", "a\tb", "\r\n", "é ü ß", "e\u0301", "漢字かな", "😀", "a😀 b",
@@ -45,14 +46,15 @@ def llama():
     return Tokenizer(path.read_bytes(), path)
 
 
-@pytest.fixture(scope="module", params=["words", "llama"])
+@pytest.fixture(params=["words", "llama"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
 
-def tiny(vocab_size):
-    return LLaMA(Config(vocab_size=vocab_size, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
-                        num_attention_heads=1, num_key_value_heads=1, head_dim=4))
+def save_tiny_model(directory, tokenizer, rows=None):
+    """A model directory with `rows` embeddings (default: what the tokenizer needs)."""
+    LLaMA(Config(vocab_size=rows or tokenizer.vocab_size, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+                 num_attention_heads=1, num_key_value_heads=1, head_dim=4)).save_pretrained(directory, tokenizer)
 
 
 def put(path, content):
@@ -64,11 +66,11 @@ def put(path, content):
 
 
 def refused(call, *parts):
-    """The message of the InputError that call() raises; it must hold all parts."""
+    """call() raises an InputError whose one line holds all parts."""
     with pytest.raises(InputError) as caught:
         call()
     missing = [p for p in parts if str(p) not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+    assert not missing and "\n" not in str(caught.value), f"{missing} not in: {caught.value}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,11 +84,11 @@ def joined_apart_naive(tokenizer, prompt, response):
     return whole, ours, tokenizer.encode_prompt(prompt) + tokenizer.sp.encode(response) + [tokenizer.eos]
 
 
-@pytest.mark.parametrize("form", ["cut", "short"])
-def test_a_response_continues_its_prompt(tokenizer, form):
+@pytest.mark.parametrize("prompt_format", ["cut", "short"])
+def test_a_response_continues_its_prompt(tokenizer, prompt_format):
     """A dummy space slips in between prompt and response, so that the model trains on ids that no text has."""
     for text in TEXTS:
-        prompt = format_prompt({"instruction": "Say it.", "input": ""}, form, "It is wrong.")
+        prompt = format_prompt({"instruction": "Say it.", "input": ""}, prompt_format, "It is wrong.")
         whole, ours, naive = joined_apart_naive(tokenizer, prompt, text)
         assert ours == whole, repr(text)
         assert text == "" or naive != whole, "the naive way would have done: this test sees nothing"
@@ -95,81 +97,88 @@ def test_a_response_continues_its_prompt(tokenizer, form):
 @real
 def test_ids_of_all_published_pairs_are_those_of_the_joined_text(llama):
     """The join works for tame texts only: all 1000 real responses, each of which the naive way gets wrong."""
-    records = json.loads((REAL / "cut" / "train-alpaca-sample-iter1.json").read_text(encoding="utf-8"))
+    records = D.read_outputs(REAL / "cut" / "train-alpaca-sample-iter1.json")
     three = [joined_apart_naive(llama, format_prompt(r, "cut"), r["output"]) for r in records]
-    assert len(three) == 1000
     assert sum(ours == whole for whole, ours, _ in three) == 1000
     assert sum(naive != whole for whole, _, naive in three) == 1000
 
 
 def test_decode_undoes_encode(tokenizer):
-    """Decoding eats a leading space or newline, or loses bytes of a character outside the vocabulary."""
-    for text in TEXTS:
+    """Decoding eats a leading space or newline, loses bytes, or ends at a </s> that is spelled in the text."""
+    for text in TEXTS + ["a</s>b", "<s>", "<unk>", "<0x0A>"]:
         ids = tokenizer.encode_response(text)
-        assert ids[-1] == tokenizer.eos and ids.count(tokenizer.eos) == 1
+        assert ids[-1] == tokenizer.eos and ids.count(tokenizer.eos) == 1 and tokenizer.bos not in ids
         assert tokenizer.decode_response(ids) == text == tokenizer.decode_response(ids[:-1]), repr(text)
-
-
-def test_special_tokens_in_a_text_stay_text(tokenizer):
-    """A response that spells </s> ends there, or a prompt that spells <s> gets a second BOS."""
-    for text in ("a</s>b", "<s>", "<unk>", "<0x0A>"):
-        ids = tokenizer.encode_response(text)
-        assert tokenizer.bos not in ids and tokenizer.eos not in ids[:-1] and tokenizer.sp.unk_id() not in ids
-        assert tokenizer.decode_response(ids) == text
         assert tokenizer.encode_prompt(text).count(tokenizer.bos) == 1
 
 
 def test_pieces_give_back_the_text(words):
-    """pieces() loses or adds spaces, and marked responses read differently from what was sampled."""
-    text = "The cat lives in the den, eats fish and is red."
-    pieces = words.pieces(words.encode_response(text))
-    assert "".join(pieces[:-1]) == text and pieces[-1] == "</s>"
+    """pieces() loses spaces or half of a character, and marked responses read differently from what was sampled."""
+    for text in ("The cat lives in the den, eats fish and is red.", "a é 漢😀"):
+        pieces = words.pieces(words.encode_response(text))
+        assert "".join(pieces[:-1]) == text and pieces[-1] == "</s>"
 
 
 def test_no_word_of_the_world_is_split(words):
     """A value of two tokens turns a fact into spelling, which a model of this size learns badly (any seed)."""
     values = {*D.ANIMALS, *D.VERBS, *D.VERBS.values()}
     for seed in range(6):
-        values |= {v for f in World(seed).facts.values() for v in (f.truth, f.misconception, *f.others)}
+        for fact in World(seed).facts.values():
+            values |= {fact.truth, fact.misconception, *fact.others}
     assert len(values) > 150
     assert [v for v in sorted(values) if len(words.encode_response(f"is {v}.")) != 4] == []
 
 
-def test_damaged_tokenizers_are_refused(words, tmp_path):
-    """LLaMA 3's tiktoken file, or a directory without sentencepiece, ends in a RuntimeError that explains nothing."""
-    garbage = b"IQ== 0\nIg== 1\nIw== 2\n"
-    refused(lambda: Tokenizer(garbage, "some/tokenizer.model"), "some/tokenizer.model", "LLaMA 3")
-    tiny(words.vocab_size).save_pretrained(tmp_path, words)
-    assert Tokenizer.from_pretrained(tmp_path).encode_response("a b") == words.encode_response("a b")
-    put(tmp_path / "tokenizer.model", garbage)
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer.model", "sentencepiece", "LLaMA 3")
-    (tmp_path / "tokenizer.model").unlink()
-    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer.model", "LLaMA 3")
-    put(tmp_path / "tokenizer.json", "{}")
-    refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer.model", "tokenizer.json", "another kind")
+def test_unusable_model_directories_are_refused(words, tmp_path):
+    """A traceback for LLaMA 3's tiktoken file or a missing config.json; an id without an embedding, in mid-training."""
+    def load():
+        return Tokenizer.from_pretrained(tmp_path)
 
-
-def test_a_vocabulary_larger_than_the_models_is_refused(words):
-    """An id without an embedding row: an IndexError on CPU in mid-training, a device assert on GPU."""
-    words.check(Config(vocab_size=words.vocab_size), "DIR")
-    words.check(Config(vocab_size=words.vocab_size + 64), "DIR")            # padded embeddings are usual
-    refused(lambda: words.check(Config(vocab_size=words.vocab_size - 1), "DIR"), "DIR", words.vocab_size,
-            words.vocab_size - 1)
+    model, config = tmp_path / "tokenizer.model", tmp_path / "config.json"
+    for more in (0, 64):                                                    # padded embeddings are usual
+        save_tiny_model(tmp_path, words, words.vocab_size + more)
+        assert load().encode_response("a b") == words.encode_response("a b")
+    save_tiny_model(tmp_path, words, words.vocab_size - 1)
+    refused(load, tmp_path, words.vocab_size, words.vocab_size - 1, "belong together")
+    for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', '{"vocab_size": null}', b"\xff"):
+        put(config, broken)
+        refused(load, config, "vocab_size")
+    config.unlink()
+    refused(load, config, "vocab_size")
+    put(model, b"IQ== 0\nIg== 1\nIw== 2\n")
+    refused(load, model, "not a sentencepiece model", "LLaMA 3")
+    model.unlink()
+    refused(load, model, "no sentencepiece tokenizer", "tokenizer.json", "LLaMA 3")
 
 
 def test_transformers_opens_what_we_save(tokenizer, tmp_path):
     """The saved tokenizer needs packages that `pip install transformers` does not bring, or gives other ids."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    tiny(tokenizer.vocab_size).save_pretrained(tmp_path, tokenizer)
+    save_tiny_model(tmp_path, tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.eos)
-    texts = TEXTS + [format_prompt({"instruction": t, "input": ""}, form, j)
-                     for t in TEXTS for form in FORMATS for j in (None, "a judgment")]
+    texts = TEXTS + [format_prompt({"instruction": t, "input": ""}, prompt_format, judgment)
+                     for t in TEXTS for prompt_format in FORMATS for judgment in (None, "a judgment")]
     texts += [r["instruction"] + "\n" for r in World(0).instructions("test", 200)]
     assert [t for t in texts if theirs(t).input_ids != tokenizer.encode_prompt(t)] == []
-    response = tokenizer.encode_response("The cat eats fish, 12 times.")[:-1]
-    assert theirs.decode(response).strip() == "The cat eats fish, 12 times."
+    for text in ("The cat eats fish, 12 times.", "é 漢😀"):
+        assert theirs.decode(tokenizer.encode_response(text)[:-1]).strip() == text
+
+
+def test_companion_files_go_along(words, tmp_path):
+    """The chat template of a base model is lost at the first save, or a link copies a private file into the model."""
+    base, new = tmp_path / "base", tmp_path / "new"
+    save_tiny_model(base, words)
+    put(base / "tokenizer_config.json", '{"chat_template": "x"}')
+    put(base / "chat_template.jinja", "{{ x }}")
+    (base / "special_tokens_map.json").symlink_to(put(tmp_path / "private", "secret"))
+    tokenizer = Tokenizer.from_pretrained(base)
+    new.mkdir()
+    for directory in (new, base):                                           # saving in place changes nothing
+        tokenizer.save(directory)
+        for name in ("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (directory / name).read_bytes() == (base / name).read_bytes() != b""
+    assert (new / "chat_template.jinja").read_text() == "{{ x }}" and not (new / "special_tokens_map.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,8 +203,8 @@ def test_prompts_word_for_word():
     assert format_prompt(WITH_INPUT, "alpaca", "No.") == judged.format("\nIt.")[:-1]
     assert format_prompt(RECORD, "short") == "Do.\n"
     assert format_prompt(WITH_INPUT, "short", "No.") == "Do.\nIt.\nJudgment: No.\n"
-    assert format_prompt({"instruction": "Do."}, "alpaca") == format_prompt({**RECORD, "input": None}, "alpaca") \
-        == format_prompt(RECORD, "alpaca")
+    for record in ({"instruction": "Do."}, {**RECORD, "input": None}):
+        assert format_prompt(record, "alpaca") == format_prompt(RECORD, "alpaca")
 
 
 @real
@@ -205,19 +214,17 @@ def test_prompts_equal_the_published_templates():
     farm = json.loads((REAL / "alpaca_farm" / "prompt_templates.json").read_text(encoding="utf-8"))
     assert FORMATS["cut"][0] == cut["prompt_no_input"] and FORMATS["cut"][2] == cut["prompt_no_input_judge"]
     assert FORMATS["alpaca"][:2] == (farm["prompt_noinputs"], farm["prompt_inputs"])
-    assert format_prompt(RECORD, "cut", "No.") == cut["prompt_no_input_judge"].format(instruction="Do.", judgment="No.")
-    assert format_prompt(WITH_INPUT, "alpaca") == farm["prompt_inputs"].format(instruction="Do.", input="It.")
 
 
 def test_braces_in_a_text_are_text():
     """str.format or a chain of replace fills fields that stand in the user's text, or fails on code."""
     nasty = "{instruction} {judgment} {input} {0} {} }{ %s \\1 \\g<0>"
-    for form in FORMATS:
-        plain = format_prompt(RECORD, form, "No.")
-        assert format_prompt({"instruction": nasty, "input": ""}, form, "No.") == plain.replace("Do.", nasty)
-        assert format_prompt(RECORD, form, nasty) == plain.replace("No.", nasty)
-        both = format_prompt({"instruction": nasty, "input": nasty}, form)
-        assert both == format_prompt(WITH_INPUT, form).replace("Do.", "@").replace("It.", nasty).replace("@", nasty)
+    for name in FORMATS:
+        plain = format_prompt(RECORD, name, "No.")
+        assert format_prompt({"instruction": nasty, "input": ""}, name, "No.") == plain.replace("Do.", nasty)
+        assert format_prompt(RECORD, name, nasty) == plain.replace("No.", nasty)
+        both = format_prompt({"instruction": nasty, "input": nasty}, name)
+        assert both == format_prompt(WITH_INPUT, name).replace("Do.", "@").replace("It.", nasty).replace("@", nasty)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,7 +234,8 @@ BASE = {"instruction": "i", "input": "", "output": "o"}
 GOOD, BAD = {**BASE, "judgment": None}, {**BASE, "judgment": "It is wrong."}
 PAIR = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1}
 READERS = {D.read_instructions: {"instruction": "i"}, D.read_demonstrations: {"instruction": "i", "output": "o"},
-           D.read_judged: GOOD, D.read_preferences: PAIR}
+           D.read_judged: GOOD, D.read_preferences: PAIR, D.read_outputs: {"instruction": "i", "output": "o"},
+           D.read_pairs: {"instruction": "i", "output_1": "a", "output_2": "b"}}
 reader = pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
 
 
@@ -237,34 +245,35 @@ def test_lists_and_lines_are_read_alike(read, name, tmp_path):
     """One of the two file forms is not understood, an absent input is not filled in, or unknown keys are lost."""
     records = [{**READERS[read], "extra": [1, {"k": "é"}]}, {**READERS[read], "input": "x", "extra": 2}]
     got = read(put(tmp_path / name, records))
-    assert [r["extra"] for r in got] == [[1, {"k": "é"}], 2]
-    assert [r["input"] for r in got] == ["", "x"]
+    assert [r["extra"] for r in got] == [[1, {"k": "é"}], 2] and [r["input"] for r in got] == ["", "x"]
     assert all(r[k] == v for r in got for k, v in READERS[read].items() if k != "input")
 
 
 def test_forms_of_json_files(tmp_path):
-    """Blank lines, Windows line ends, indentation before a list, or a missing last newline break the reader."""
-    for text in ('{"a": 1}\n\n{"a": 2}', '{"a": 1}\r\n{"a": 2}\r\n', ' \n[{"a": 1},\n {"a": 2}]\n'):
+    """Blank lines, Windows line ends, a byte order mark, gzip or a missing last newline break the reader; or U+2028 and
+    U+0085, which end a line for str.splitlines, a record that we wrote ourselves."""
+    for text in ('{"a": 1}\n\n{"a": 2}', '\ufeff{"a": 1}\r\n{"a": 2}\r\n', ' \n[{"a": 1},\n {"a": 2}]\n'):
         assert D.read_json(put(tmp_path / "a", text)) == [{"a": 1}, {"a": 2}]
+        assert D.read_json(put(tmp_path / "a.gz", gzip.compress(text.encode()))) == [{"a": 1}, {"a": 2}]
+    records = [{"output": text} for text in ("a\nb", "a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "😀", "")]
+    D.write_json_lines(tmp_path / "new" / "a.jsonl", records)
+    assert D.read_json(tmp_path / "new" / "a.jsonl") == records
 
 
 @reader
 def test_unusable_files_are_named(read, tmp_path):
-    """A traceback from json or pathlib instead of one sentence with the file's name and the place in it."""
+    """A traceback from json or pathlib instead of one line with the file's name and the place in it."""
     path, good = tmp_path / "some.json", json.dumps(READERS[read])
     refused(lambda: read(tmp_path / "absent.json"), tmp_path / "absent.json", "no such file")
     for content, parts in {"": ["no records"], " \n": ["no records"], "[]": ["no records"], "[{": ["not JSON"],
                            f"[{good},]": ["not JSON"], f"{good}\n\n{{oops\n": ["line 3"], "hello": ["line 1"],
                            f"[{good}, 3]": ["record 1", "int"], f"{good}\nnull\n": ["record 1"],
-                           "[[1]]": ["record 0", "list"], '"text"': ["record 0", "str"]}.items():
+                           "[[1]]": ["record 0", "list"], '"text"': ["record 0", "str"],
+                           b"\xff\xfe[\x00]\x00": ["UTF-8"], b'[{"a": "caf\xe9"}]': ["UTF-8"]}.items():
         refused(lambda: read(put(path, content)), path, *parts)
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe[\x00]\x00", b'[{"instruction": "caf\xe9"}]'])
-def test_other_encodings_are_named(content, tmp_path):
-    """A file in UTF-16 or Latin-1 ends in a UnicodeDecodeError that does not say which file it was."""
-    path = put(tmp_path / "some.json", content)
-    refused(lambda: D.read_json(path), path)
+    packed = gzip.compress(b"[{}]")
+    for content in (packed[:-6], b"[{}]"):
+        refused(lambda: read(put(tmp_path / "a.gz", content)), tmp_path / "a.gz", "cannot be read")
 
 
 @reader
@@ -276,42 +285,42 @@ def test_bad_records_are_named(read, tmp_path):
         bad = {k: v for k, v in good.items() if k != key} if value is KeyError else {**good, key: value}
         refused(lambda: read(put(path, [good, good, bad])), path, "record 2", repr(key), *parts)
 
-    for key in [k for k in good if k not in ("input", "judgment", "preference")]:
-        check(key, KeyError, "no key")
+    for key in set(good) - {"input", "judgment", "preference"}:
         check(key, None, "NoneType", "str")
         check(key, ["o"], "list", "str")
+        check(key, "\ud83d", "surrogate")
+        if read is not D.read_pairs or key == "instruction":
+            check(key, KeyError, "no key")
     check("input", 3, "int")
     for key in {"instruction", "output"} & set(good):
         check(key, " \n", "empty")
-    if read is not D.read_instructions and read is not D.read_preferences:
+    if read is D.read_outputs:
+        put(path, [{**good, "reference": "r"}, good])
+        refused(lambda: read(path, reference=True), path, "record 1", "'reference'")
+    if read in (D.read_demonstrations, D.read_judged):
         check("judgment", 3, "int", "null")
     if read is D.read_judged:
         check("judgment", KeyError, "no key")
         check("judgment", " ", "empty", "null")
         check("score", "7", "str")
     if read is D.read_preferences:
-        check("preference", KeyError, "no key")
-        check("preference", "1", "str")
-        check("preference", 3, "3")
-        check("preference", 0)
+        for value in (KeyError, None, "1", 3, 0, float("nan")):
+            check("preference", value, "from 1 to 2")
 
 
-def test_a_reference_is_required_where_it_is_used(tmp_path):
-    """The judge finds out after an hour of sampling that the file has no right answers."""
-    path = put(tmp_path / "a.jsonl", [{"instruction": "i", "reference": "r"}, {"instruction": "i"}])
-    assert len(D.read_instructions(path)) == 2
-    refused(lambda: D.read_instructions(path, reference=True), path, "record 1", "'reference'")
-
-
-def test_what_we_write_we_read(tmp_path):
-    """U+2028 and U+0085 end a line for str.splitlines, so a record that we wrote ourselves cannot be read back."""
-    records = [{"output": text} for text in ("a\nb", "a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "😀", "")]
-    D.write_json_lines(tmp_path / "new" / "a.jsonl", records)
-    assert D.read_json(tmp_path / "new" / "a.jsonl") == records
+def test_what_prefer_compares(tmp_path):
+    """Pairs and lists of outputs are mixed up, or found to be neither after an hour of sampling."""
+    pair, several = {"instruction": "i", "output_1": "a", "output_2": "b"}, {"instruction": "i", "output": ["a", "b"]}
+    assert D.read_pairs(put(tmp_path / "a.json", [several]))[0]["output"] == ["a", "b"]
+    assert "output" not in D.read_pairs(put(tmp_path / "a.json", [{**pair, "output": "c"}]))[0]
+    for records, *parts in [([pair, several], "records 0 and 1"), ([several, pair], "records 0 and 1"),
+                            ([{**several, "output": ["a", 1]}], "record 0", "'output'"), ([BASE], "record 0"),
+                            ([{"instruction": "i", "output_1": "a"}], "record 0", "'output_2'")]:
+        refused(lambda: D.read_pairs(put(tmp_path / "a.json", records)), tmp_path / "a.json", *parts)
 
 
 def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
-    """Failed API calls and praise train as complaints, or are dropped without a word."""
+    """Failed API calls, praise, or summaries of the top score train as complaints, or are dropped without a word."""
     noise = ["$ERROR$", "The response is perfect.", "\"the Response is PERFECT, as"]
     kept = ["The response is not perfect.", "It said $ERROR$."]
     path = put(tmp_path / "a.jsonl", [GOOD] + [{**BASE, "judgment": j} for j in noise + kept])
@@ -319,14 +328,9 @@ def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
     assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', kept" in capsys.readouterr().out
     assert [r["judgment"] for r in D.read_judged(path, filter_noise=True)] == [None] + kept
     assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', left" in capsys.readouterr().out
-
-
-def test_a_top_score_makes_a_positive(tmp_path):
-    """Summaries of score 7 are trained on as bad ones although the scale ends there."""
-    scores = [6, 6.9, 7, 7.0, None]
-    got = D.read_judged(put(tmp_path / "a.json", [{**BAD, "score": s} for s in scores]))
-    assert [r["judgment"] is None for r in got] == [False, False, True, True, False]
-    assert [r["score"] for r in got] == scores and [r["id"] for r in got] == [0, 1, 2, 3, 4]
+    rated = D.read_judged(put(tmp_path / "a.json", [{**BAD, "score": score} for score in (6, 6.9, 7, 7.0, None)]))
+    assert [r["judgment"] is None for r in rated] == [False, False, True, True, False]
+    assert [r["id"] for r in rated] == [0, 1, 2, 3, 4]
 
 
 def test_positives_are_sampled_in_proportion_to_negatives():
@@ -345,43 +349,21 @@ def test_counts_of_the_published_judgments(capsys):
     """The filters or the sampling of positives no longer give the published numbers on CUT's first iteration."""
     path = REAL / "cut" / "train-alpaca-sample-iter1.json"
     records = D.read_judged(path)
-    negatives = [r for r in records if r["judgment"] is not None]
-    assert (len(negatives), len(records) - len(negatives)) == (287, 713)
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in capsys.readouterr().out
-    clean = D.read_judged(path, filter_noise=True)
+    clean, few = D.read_judged(path, filter_noise=True), D.downsample_positives(records, 0.25)
     assert len(clean) == 1000 - 47 - 17 and sum(r["judgment"] is None for r in clean) == 713
-    few = D.downsample_positives(records, 0.25)
     assert sum(r["judgment"] is None for r in few) == 71 and len(few) == 71 + 287
-    for i in range(2, 6):
-        assert len(D.read_judged(REAL / "cut" / f"train-alpaca-sample-iter{i}.json")) == 1000
-
-
-SHEPHERD = {"id": 0, "dataset": "D", "question": "q", "answer": "a\n\n", "feedback": "f"}
-SHEPHERD_RAW = {"id": 0, "metadata": {"context": "q", "output_candidate": "a\n\n", "output_correct": "c"},
-                "latestLabel": {"jsonResponse": {"CLASSIFICATION_JOB_0": {"categories": [
-                    {"children": {"J1": {"text": " one. "}}}, {"children": {"J2": {"text": "two."}, "J3": {}}}]}}}}
-
-
-def test_shepherds_layouts(tmp_path):
-    """A published file is misread: wrong field, half of the judgment, or a crash where an annotator left a gap."""
-    model, = D.read_judged(put(tmp_path / "a.jsonl", [SHEPHERD]))
-    assert {k: model[k] for k in GOOD} == {"instruction": "q", "input": "", "output": "a\n\n", "judgment": "f"}
-    raw, = D.read_judged(put(tmp_path / "b.jsonl", [SHEPHERD_RAW]))
-    assert {k: raw[k] for k in GOOD} == {**{k: model[k] for k in GOOD}, "judgment": "one. two."}
-    assert raw["reference"] == "c" and raw["metadata"] == SHEPHERD_RAW["metadata"]
-    path = put(tmp_path / "c.jsonl", [SHEPHERD_RAW, {**SHEPHERD_RAW, "latestLabel": None}])
-    refused(lambda: D.read_judged(path), path, "record 1", "Shepherd")
-    path = put(tmp_path / "d.jsonl", [SHEPHERD, {**SHEPHERD, "question": None}])
-    refused(lambda: D.read_judged(path), path, "record 1", "'question'")
+    assert all(len(D.read_judged(REAL / "cut" / f"train-alpaca-sample-iter{i}.json")) == 1000 for i in range(2, 6))
 
 
 @real
-def test_shepherds_two_files_line_up():
-    """One of the two published files loses records, so that right answers are joined to the wrong questions."""
-    a, b = (D.read_judged(REAL / "shepherd" / name) for name in ("human_data_for_model.jsonl", "human_data_raw.jsonl"))
-    assert len(a) == len(b) == 1317
-    assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
-    assert all(r["judgment"].strip() for r in a + b)
+@pytest.mark.parametrize("name,read,count", [
+    ("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8), ("outputs_sft", D.read_outputs, 252),
+    ("outputs_rlhf", D.read_outputs, 252), ("outputs_baseline", D.read_demonstrations, 252),
+    ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
+def test_alpacafarms_files_are_read_as_published(name, read, count):
+    """A check that is stricter than the published data."""
+    assert len(read(REAL / "alpaca_farm" / f"{name}.json")) == count
 
 
 def test_ties_and_equal_pairs_are_counted(tmp_path, capsys):
@@ -391,17 +373,27 @@ def test_ties_and_equal_pairs_are_counted(tmp_path, capsys):
     path = put(tmp_path / "a.json", pairs)
     assert [r["preference"] for r in D.read_preferences(path)] == [1, 2, 2]
     assert "3 pairs; left out 2" in capsys.readouterr().out
+    assert D.read_preferences(path, ties=True) == pairs and capsys.readouterr().out == ""
     refused(lambda: D.read_preferences(put(path, pairs[2:4])), path, "no pair is left")
+
+
+def test_a_judge_learns_from_judged_responses(tmp_path):
+    """The judge's prompt in training must be the one that simulate.py asks it with."""
+    path = put(tmp_path / "a.json", [{"instruction": "a", "input": "b", "output": "{y}", "judgment": "bad"},
+                                     {"instruction": "c", "output": "d", "judgment": None}])
+    one, two = D.read_judge_training(path)
+    assert one["instruction"] == D.JUDGE_SYSTEM + "\n\nInstruction:\na\n\nb\n\nAnswer:\n{y}\n\nYour review:"
+    assert (one["output"], two["output"]) == ("bad", "Perfect.") and one["judgment"] is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoding and batches
 
 
-def test_encode_reads_a_bad_response_twice(words):
+def test_encode_gives_a_bad_response_two_prompts(words):
     """The judged prompt is missing for a bad response, exists for a good one, or is not the one with the judgment."""
-    bad, good = encode(words, [{**BAD, "id": "b"}, GOOD], "short", 99)
-    assert (bad.id, good.id) == ("b", "1")
+    bad, good, again = encode(words, [{**BAD, "id": "b"}, GOOD, {**GOOD, "id": "b"}], "short", 99)
+    assert (bad.id, good.id, again.id) == ("b", "1", "b#2")
     assert bad.prompt == good.prompt == words.encode_prompt("i\n")
     assert bad.judged == words.encode_prompt("i\nJudgment: It is wrong.\n") and good.judged is None
     assert bad.response == words.encode_response("o")
@@ -414,24 +406,26 @@ def test_overlong_records_are_left_out_and_counted(words, capsys):
     """Long records are cut (losing EOS), dropped silently, or measured without the judgment that is read with them."""
     records = [{**GOOD, "id": "short"}, {**GOOD, "output": "o " * 50, "id": "long"}, {**BAD, "id": "judged"}]
     sizes = [e.size() for e in encode(words, records, "short", 999)]
-    assert capsys.readouterr().out == ""
-    assert sizes[0] < sizes[2] < sizes[1]
+    assert capsys.readouterr().out == "" and sizes[0] < sizes[2] < sizes[1]
     assert [e.id for e in encode(words, records, "short", sizes[2])] == ["short", "judged"]
     out = capsys.readouterr().out
     assert f"left out 1 of 3 records longer than {sizes[2]} tokens" in out and str(sizes[1]) in out and "long" in out
     assert [e.id for e in encode(words, records, "short", sizes[2] - 1)] == ["short"]
     refused(lambda: encode(words, records, "short", sizes[0] - 1), sizes[0] - 1, "--max-length")
-    refused(lambda: encode(words, [], "short", 99), "no record")
+    refused(lambda: encode(words, [], "short", 99), "no records left")
 
 
 def test_collate_supervises_the_response_and_eos():
-    """An off-by-one of the targets, EOS or the first token unsupervised, or prompt and padding supervised."""
-    tokens, targets = collate([([1, 5, 6], [7, 8, 2]), ([1, 5], [9, 2]), ([1], [2])])
+    """An off-by-one of the targets, EOS or the first token unsupervised, prompt or padding supervised; or a row
+    without a response (of a rank that has no example of its own) gets a target or changes other rows."""
+    tokens, targets = collate([([1, 5, 6], [7, 8, 2]), ([1, 5], [9, 2]), ([1], [2]), ([1, 5, 6, 7], [])])
     _ = IGNORE
-    assert targets.tolist() == [[_, _, 7, 8, 2], [_, 9, 2, _, _], [2, _, _, _, _]]
-    assert tokens[0].tolist() == [1, 5, 6, 7, 8]
-    assert tokens[1, :3].tolist() == [1, 5, 9] and tokens[2, 0] == 1
-    assert tokens.shape == targets.shape and tokens.dtype == targets.dtype == torch.long
+    assert targets.tolist() == [[_, _, 7, 8, 2], [_, 9, 2, _, _], [2, _, _, _, _], [_] * 5]
+    assert tokens.tolist() == [[1, 5, 6, 7, 8], [1, 5, 9, 0, 0], [1, 0, 0, 0, 0], [1, 5, 6, 0, 0]]
+    assert tokens.dtype == targets.dtype == torch.long
+    assert [t.tolist() for t in collate([([1, 5], [])])] == [[[1]], [[_]]]
+    tokens, lengths = D.pad([[1, 5, 6], [1]])
+    assert tokens.tolist() == [[1, 5, 6], [1, 0, 0]] and lengths.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("count, size", [(1, 8), (7, 8), (64, 32), (100, 12), (1003, 16), (600, 32), (5, 1)])
@@ -453,70 +447,39 @@ def test_a_batch_is_a_function_of_seed_and_step():
     one, order = Batches(lengths, 32, 7), np.random.default_rng(1).permutation(30)
     np.random.seed(0), random.seed(0), torch.manual_seed(0)
     assert all(one(int(s)) == forward[s] for s in order)
-    assert forward[:10] != forward[10:20] != forward[20:]
     other = [Batches(lengths, 32, 8)(s) for s in range(10)]
     assert all(set(a) != set(b) for a, b in zip(forward, other))
     assert all(set(a) != set(b) for a, b in zip(forward, forward[10:]))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_the_ranks_share_a_batch(world):
-    """With another number of ranks the step trains on other examples, or ranks get unequal work."""
-    lengths = np.random.default_rng(0).integers(5, 90, 107)
-    batches = Batches(lengths, 24, 0)
-    for step in range(batches.per_epoch):
-        batch = batches(step)
-        shares = [batch[rank::world] for rank in range(world)]
-        assert sorted(sum(shares, [])) == sorted(batch)
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        micro = [[i for part in split(share, 4) for i in part] for share in shares]
-        assert micro == shares
-
-
-def test_split():
+def test_chunks_share_a_batch_evenly():
     """Micro-batches lose the remainder, change the order, exceed what fits in memory, or leave one row over."""
-    assert split([], 4) == []
-    assert split([3, 1, 2], 4) == [[3, 1, 2]]
-    assert split(list(range(9)), 4) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert chunks([], 4) == [] and chunks(list(range(9)), 4) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     for n in range(1, 40):
         for size in range(1, 10):
-            parts = split(list(range(n)), size)
+            parts = chunks(list(range(n)), size)
             assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // size)
             assert max(map(len, parts)) <= size and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def waste(lengths, order, micro):
-    """Share of padding among the positions of padded micro-batches; order: a list of batches."""
-    kept = padded = 0
-    for part in (p for batch in order for p in split(batch, micro)):
-        kept += sum(lengths[i] for i in part)
-        padded += len(part) * max(lengths[i] for i in part)
-    return 1 - kept / padded
+    """Fraction of padding among the positions of padded micro-batches; order: a list of batches."""
+    parts = [[lengths[i] for i in part] for batch in order for part in chunks(batch, micro)]
+    return 1 - sum(map(sum, parts)) / sum(len(part) * max(part) for part in parts)
 
 
-@pytest.fixture(scope="module")
-def world_lengths(words):
-    records = World(0).demonstrations(1500, judge_corrects)
-    return [e.size() for e in encode(words, records, "short", 256, hindsight=True)]
-
-
-@pytest.mark.parametrize("size, micro, bound",
-                         [(32, 4, .02), (32, 8, .1), (32, 16, .23), (128, 16, .02), (128, 32, .1)])
-def test_little_of_a_batch_is_padding(world_lengths, size, micro, bound):
-    """The sorting by length is lost. (Measured: 0.5, 8.0, 21, 1.0, 8.9 %; unsorted batches take 29 to 48 %.)"""
-    batches = Batches(world_lengths, size, 0)
-    ours = waste(world_lengths, [batches(s) for s in range(batches.per_epoch)], micro)
-    order = np.random.default_rng(0).permutation(len(world_lengths)).tolist()
-    plain = waste(world_lengths, split(order, size), micro)
-    print(f"batch {size}, micro-batch {micro}: {ours:.3f} of the positions are padding, unsorted {plain:.3f}")
-    assert ours < bound and ours < .6 * plain
-
-
-def test_a_batch_mixes_lengths(world_lengths):
-    """Batches of equal lengths: a step then sees one kind of example only, and its gradient says so."""
-    batches, lengths = Batches(world_lengths, 32, 0), np.array(world_lengths)
-    spread = np.mean([lengths[batches(s)].std() for s in range(batches.per_epoch)])
-    assert spread > .7 * lengths.std()
+def test_little_of_a_batch_is_padding_and_lengths_mix(words):
+    """The sorting by length is lost (measured: 0.5, 8.0, 21, 1.0, 8.9 %; unsorted batches 29 to 48 %), or goes so far
+    that a step sees one kind of example only."""
+    records = World(0).demonstrations(1500, D.judge_corrects)
+    lengths = np.array([e.size() for e in encode(words, records, "short", 256, hindsight=True)])
+    order = np.random.default_rng(0).permutation(len(lengths)).tolist()
+    for size, micro, bound in [(32, 4, .02), (32, 8, .1), (32, 16, .23), (128, 16, .02), (128, 32, .1)]:
+        batches = Batches(lengths, size, 0)
+        epoch = [batches(s) for s in range(batches.per_epoch)]
+        ours, plain = waste(lengths, epoch, micro), waste(lengths, chunks(order, size), micro)
+        assert ours < bound and ours < .6 * plain, (size, micro, ours, plain)
+        assert size > 32 or np.mean([lengths[b].std() for b in epoch]) > .7 * lengths.std()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,9 +490,7 @@ def test_splits_are_disjoint():
     """A test instruction is trained on, because splits differ by seed or by stream only."""
     texts = {s: {r["instruction"] for stream in (0, 1, "sft", "replay") for r in World(0).instructions(s, 400, stream)}
              for s in ("train", "validation", "test")}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
-    assert not texts["validation"] & texts["test"]
-    assert len(texts["train"]) > 1000
+    assert len(set.union(*texts.values())) == sum(map(len, texts.values())) and len(texts["train"]) > 1000
     first, second = ([r["instruction"] for r in World(0).instructions("train", 200, s)] for s in (0, 1))
     assert len(set(first)) == 200 and len(set(first) & set(second)) < 20
     assert {D.split_of(t) for t in texts["test"]} == {"test"}
@@ -537,20 +498,21 @@ def test_splits_are_disjoint():
 
 
 def digest():
-    """A fingerprint of what the world says, for comparing processes."""
+    """A fingerprint of what the world says."""
     world = World(5)
     records = world.instructions("train", 60) + world.instructions("test", 60)
-    said = [(r, world.demonstrate_once(r)) for r in records] + world.demonstrations(60, judge_corrects)
-    return hashlib.sha256(json.dumps([said, list(D.world_tokenizer().serialized)]).encode()).hexdigest()
+    said = [(r, world.demonstrate_once(r)) for r in records] + world.demonstrations(60, D.judge_corrects)
+    return hashlib.sha256(json.dumps([said, list(D.world_tokenizer().serialized)]).encode()).hexdigest()[:16]
 
 
-def test_the_world_is_the_same_in_every_process():
-    """Something depends on hash(), on set order or on a global generator: ranks and resumed runs see other worlds."""
+def test_the_world_is_the_published_one_in_every_process():
+    """Something depends on hash(), on set order or on a global generator, so that ranks and resumed runs see other
+    worlds; or a random stream moves, and no number of README repeats."""
     code = "import sys; sys.path[:0] = sys.argv[1:]; import test_data; print(test_data.digest())"
     ran = subprocess.run([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")], text=True, check=True,
                          capture_output=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
     random.seed(3), np.random.seed(3)
-    assert ran.stdout.split()[-1] == digest() == digest()
+    assert ran.stdout.split()[-1] == digest() == "38197595626f3c42"
 
 
 def test_an_instruction_has_one_truth():
@@ -560,11 +522,11 @@ def test_an_instruction_has_one_truth():
         assert truths.setdefault(r["instruction"], r["reference"]) == r["reference"]
         by_facts[tuple(r["facts"])].add(r["reference"])
         assert r["reference"] == r["answer"].format(*(world.facts[k].truth for k in r["facts"]))
-        assert D.join(D.units(r["reference"])) == r["reference"]
+        assert join(units(r["reference"])) == r["reference"]
     assert all(len(answers) == 1 for answers in by_facts.values()) and len(by_facts) < len(truths)
-    for key, fact in world.facts.items():
-        if key[0] in ("add", "sub"):
-            assert int(fact.truth) == (key[1] + key[2] if key[0] == "add" else key[1] - key[2])
+    for (kind, *numbers), fact in world.facts.items():
+        if kind in ("add", "sub"):
+            assert int(fact.truth) == (sum(numbers) if kind == "add" else numbers[0] - numbers[1])
         assert fact.truth not in (fact.misconception, *fact.others) and fact.misconception not in fact.others
         assert fact.others
     assert any(World(2).facts[k].truth != f.truth for k, f in world.facts.items() if k[0] == "home")
@@ -576,95 +538,183 @@ def test_demonstrators_are_as_careless_as_described():
     for r in world.instructions("train", 1000) * 3:
         blank = {**r, "answer": " ".join("{}" for _ in r["facts"])}
         for key, value in zip(r["facts"], world.demonstrate(blank, rng).split()):
-            f = world.facts[key]
-            assert value in (f.truth, f.misconception, *f.others)
-            told[f.agreed, "truth" if value == f.truth else "shared" if value == f.misconception else "other"] += 1
-    assert told[True, "shared"] == told[True, "other"] == 0 and told[True, "truth"] > 1000
-    disputed = sum(n for (agreed, _), n in told.items() if not agreed)
-    shares = [told[False, kind] / disputed for kind in ("truth", "shared", "other")]
-    assert np.abs(np.array(shares) - (.25, .5, .25)).max() < .04, (disputed, shares)
-    agreed = [f.agreed for f in world.facts.values()]
-    assert abs(np.mean(agreed) - D.AGREED) < 4 * (.24 / len(agreed)) ** .5
-    r = world.instructions("train", 1)[0]
+            fact = world.facts[key]
+            told[fact.agreed, (fact.truth, fact.misconception, *fact.others).index(value)] += 1
+    counts = np.array([told[False, i] for i in range(20)])
+    assert told[True, 0] == sum(told.values()) - counts.sum() > 1000
+    assert np.abs([counts[0], counts[1], counts[2:].sum()] / counts.sum() - (.25, .5, .25)).max() < .04
+    assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
     assert len({world.demonstrate_once(r) for _ in range(5)}) == 1
 
 
 def test_corruption_changes_one_to_three_places():
-    """A corrupted copy equals the original, or is so different that its judgment cannot be followed."""
-    world, rng, kinds = World(0), random.Random(0), collections.Counter()
-    for r in world.instructions("train", 800):
+    """A corrupted copy equals the original, is so different that its judgment cannot be followed, or changes the verb
+    in "The past tense of go is went", which is no fact of the answer."""
+    world, rng, lengths = World(0), random.Random(0), collections.Counter()
+    for r in world.instructions("train", 1500):
         told = world.demonstrate(r, rng)
-        bad = world.corrupt(r, told, rng)
-        assert bad != told and D.join(D.units(bad)) == bad
-        a, b = D.units(told), D.units(bad)
-        kinds[len(b) - len(a)] += 1
+        a, b = units(told), units(world.corrupt(r, told, rng))
+        lengths[len(b) - len(a)] += 1
         if len(a) == len(b):
-            changed = [(x, y) for x, y in zip(a, b) if x != y]
-            assert 1 <= len(changed) <= 3
-    assert 5 <= kinds[1] and 5 <= kinds[-1] and kinds[1] + kinds[-1] < 80 and set(kinds) == {-1, 0, 1}
+            changed = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+            assert 1 <= len(changed) <= 3 and (r["facts"][0][0] != "past" or changed == [len(a) - 2])
+    assert set(lengths) == {-1, 0, 1} and 1350 < lengths[0] < 1480
 
 
-def test_corruption_leaves_the_question_in_the_answer_alone():
-    """In "The past tense of go is went" the verb that was asked about is exchanged too: no fact of the answer."""
-    world, rng, touched = World(0), random.Random(0), []
-    for r in [r for r in world.instructions("train", 1500) if r["facts"][0][0] == "past"]:
-        told = world.demonstrate(r, rng)
-        bad = world.corrupt(r, told, rng)
-        if len(D.units(bad)) == len(D.units(told)) and D.units(bad)[4] != D.units(told)[4]:
-            touched.append((told, bad))
-    assert touched == []
-
-
-@pytest.mark.parametrize("judge", [judge_corrects, judge_points])
-def test_judged_demonstrations_leak_no_truth(judge):
+@pytest.mark.parametrize("style", JUDGES)
+def test_judged_demonstrations_leak_no_truth(style):
     """The SFT data tells the right answer of a disputed fact in a judgment, and CUT then has nothing left to teach."""
     world = World(0)
     facts_of = {r["instruction"]: r["facts"] for r in world.instructions("train", 1000, "sft")}
-    records, leaks, right = world.demonstrations(1000, judge), [], 0
+    records, leaks, right = world.demonstrations(1000, JUDGES[style]), [], 0
     assert len(records) == 2000 and set(facts_of) == {r["instruction"] for r in records}
     for demo, judged in zip(records[::2], records[1::2]):
         assert demo["judgment"] is None and demo["instruction"] == judged["instruction"]
         right += judged["judgment"] == "All of it is right."
         assert (judged["judgment"] == "All of it is right.") == (judged["output"] == demo["output"])
-        told = set(D.units(judged["judgment"].replace("It leaves out", "")))            # "leaves" is a food, too
-        shown = set(D.units(demo["output"] + " " + judged["output"]))
+        told = set(units(judged["judgment"].replace("It leaves out", "")))              # "leaves" is a food, too
+        shown = set(units(demo["output"] + " " + judged["output"]))
         leaks += [(demo, judged) for k in facts_of[demo["instruction"]] if world.facts[k].truth in told - shown]
-        if judge is judge_points:
-            assert not told & (set(D.units(demo["output"])) - set(D.units(judged["output"])) - {"is", "the", "The"})
-    assert leaks == []
-    assert .07 < right / 1000 < .13
+    assert leaks == [] and .07 < right / 1000 < .13
 
 
-def test_units_and_join():
-    """A word is lost or glued on the way to units and back, and counts of errors are off."""
-    assert D.units("The cat lives in the den, eats fish.") == \
-        ["The", "cat", "lives", "in", "the", "den", ",", "eats", "fish", "."]
-    assert D.join(["The", "answer", "is", "12", "."]) == "The answer is 12."
-    assert D.units("") == [] and D.join([]) == ""
-    rng, world = random.Random(0), World(2)
-    for r in world.instructions("test", 200):
-        told = world.demonstrate(r, rng)
-        assert D.join(D.units(told)) == told
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge that knows the world's truth
+
+TRUE = "The cat lives in the den, eats fish and is red."
+# response, reference, its differences, number of errors, wrong words, what `corrects` and what `points` says
+CASES = {
+    "replaced": (
+        "The answer is 13.", "The answer is 12.", [(3, 4, ["12"])], 1, {3},
+        "It says The answer is 13 where it should say 12.", "It says The answer is 13 and 13 is wrong."),
+    "two for one": (
+        "The cat eats fish.", "The cat eats old moss.", [(3, 4, ["old", "moss"])], 2, {3},
+        "It says The cat eats fish where it should say old moss.", "It says The cat eats fish and fish is wrong."),
+    "one for two": (
+        "The cat eats old moss.", "The cat eats fish.", [(3, 5, ["fish"])], 2, {3, 4},
+        "It says The cat eats old moss where it should say fish.",
+        "It says The cat eats old moss and old moss is wrong."),
+    "missing at the start": (
+        "answer is 12.", "The answer is 12.", [(0, 0, ["The"])], 1, {0},
+        "It leaves out The before answer is 12.", "Something is missing before answer is 12."),
+    "missing after a clause": (
+        "The cat eats fish and in the den.", "The cat eats fish and lives in the den.", [(5, 5, ["lives"])], 1, {5},
+        "It leaves out lives before in the den.", "Something is missing before in the den."),
+    "doubled": (
+        "The cat lives in the den den.", "The cat lives in the den.", [(6, 7, [])], 1, {6},
+        "It says lives in the den den and den does not belong.",
+        "It says lives in the den den and den does not belong."),
+    "comma for a word": (
+        "The cat eats fish, is red.", "The cat eats fish and is red.", [(4, 5, ["and"])], 1, {4},
+        "It says The cat eats fish, where it should say and.", "It says The cat eats fish, and , is wrong."),
+    "of each kind": (
+        "The cat big lives in den, eats moss and is red.", TRUE,
+        [(2, 3, []), (5, 5, ["the"]), (8, 9, ["fish"])], 3, {2, 5, 8},
+        "It says The cat big and big does not belong. It leaves out the after cat big lives in. "
+        "It says eats moss where it should say fish.",
+        "It says The cat big and big does not belong. Something is missing after cat big lives in. "
+        "It says eats moss and moss is wrong."),
+}
 
 
-# ---------------------------------------------------------------------------------------------------------- downloads
+@pytest.fixture(scope="module")
+def distortions():
+    """(response, reference) with zero to five words replaced, lost or doubled."""
+    rng, world, found = random.Random(0), World(4), []
+    for r in world.instructions("train", 400):
+        a = units(r["reference"])
+        pool = sorted({v for k in r["facts"] for v in world.facts[k].others})
+        for _ in range(rng.randrange(6)):
+            i = rng.randrange(len(a))
+            a[i:i + 1] = rng.choice([[], [a[i]] * 2, [rng.choice(pool)], [rng.choice(pool)]])
+            a = a or ["The"]
+        found.append((join(a), r["reference"]))
+    return found
 
 
-class RangeServer(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; the first answer is cut off half way, unless `whole`; Range is honoured, unless `stubborn`."""
-    content, whole, stubborn, asked = b"", False, False, []
+@pytest.mark.parametrize("name", CASES)
+def test_the_judge_on_cases_by_hand(name):
+    """A fault is counted or placed wrongly, or the judgment quotes other words than those before it."""
+    response, reference, found, errors, wrong, corrects, points = CASES[name]
+    assert differences(response, reference) == found
+    assert D.count_errors(response, reference) == errors
+    assert D.wrong_words(response, reference) == wrong
+    assert judge_reference(response, reference, "corrects") == JUDGES["corrects"](response, reference) == corrects
+    assert judge_reference(response, reference, "points") == JUDGES["points"](response, reference) == points
+    assert corrected(response, reference) == reference
+
+
+def test_nothing_is_said_of_a_right_answer(distortions):
+    """A right answer becomes a negative example, or a wrong one a positive."""
+    assert {response == reference for response, reference in distortions} == {True, False}
+    for response, reference in distortions:
+        right = response == reference
+        assert all((judge(response, reference) is None) == right for judge in JUDGES.values())
+        assert (D.count_errors(response, reference) == 0) == right == (not D.wrong_words(response, reference))
+    assert judge_reference("The  answer is 12 .", "The answer is 12.") is None          # spaces are no words
+
+
+def test_points_never_tells(distortions):
+    """The judge that only points states a right word, so that its judgments could be copied from."""
+    ours = set(units("It says and is wrong . Something is missing after before does not belong"))
+    told = 0
+    for response, reference in [*distortions, *(case[:2] for case in CASES.values())]:
+        secret = set(units(reference)) - set(units(response)) - ours
+        assert not secret & set(units(judge_reference(response, reference, "points") or ""))
+        told += len(secret & set(units(judge_reference(response, reference) or "")))
+    assert told > 100                                                       # `corrects` does tell: the test can see it
+
+
+def test_at_most_three_faults_are_listed_and_mended(distortions):
+    """A bad answer gets a judgment longer than the context, other faults than the first are listed, or the baseline
+    that trains on the stated answer gets one that the judgment does not state."""
+    response, reference = "a x c y e z g w i", "a b c d e f g h i"
+    for style in JUDGES:
+        said = judge_reference(response, reference, style)
+        assert said.count("It says") == 3 and "w" not in units(said)
+    assert corrected(response, reference) == "a b c d e f g w i"
+    faults = [len(differences(*pair)) for pair in distortions]
+    assert set(faults) >= {0, 1, 2, 3, 4}
+    assert [len(differences(corrected(*pair), pair[1])) for pair in distortions] == [max(0, n - 3) for n in faults]
+
+
+def test_quotations_are_short_and_of_one_clause(distortions, monkeypatch):
+    """A quotation reaches into the clause before, where the same words stand about another fact."""
+    monkeypatch.setattr(D, "MOST_FAULTS", 99)
+    for response, reference in distortions:
+        words, said = units(response), judge_reference(response, reference, "points")
+        for begin, end, _ in differences(response, reference):
+            before = words[max(0, begin - 4):begin]
+            while {",", "and"} & set(before):
+                before.pop(0)
+            if end > begin:
+                assert f"It says {join(before + words[begin:end])} and " in said
+            elif before:
+                assert f"Something is missing after {join(before)}." in said
+            else:
+                behind = join(words[begin:begin + 3]).rstrip(" .") or "the end"
+                assert f"Something is missing before {behind}." in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published data
+
+
+class FileServer(http.server.BaseHTTPRequestHandler):
+    """Serves `content` from where Range begins. `plan` says what is wrong with the next answers: "cut" sends half of
+    the body, "all" ignores Range, "all cut" both, "503" is an error."""
+    content, plan, asked, etag = b"", [], [], ""
 
     def do_GET(self):
-        cls, begin = type(self), 0
-        cls.asked.append(self.headers.get("Range"))
-        if self.headers.get("Range") and not cls.stubborn:
-            begin = int(self.headers["Range"][len("bytes="):-1])
-        body = cls.content[begin:]
-        self.send_response(206 if begin else 200)
+        act = self.plan.pop(0) if self.plan else ""
+        self.asked.append(int(self.headers["Range"][len("bytes="):-1]))
+        begin = 0 if "all" in act else self.asked[-1]
+        body = self.content[begin:]
+        self.send_response(503 if act == "503" else 416 if not body else 206 if begin else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Linked-Etag", f'"{self.etag}"')
         self.end_headers()
-        self.wfile.write(body if cls.whole else body[:len(body) // 2])
-        cls.whole = True
+        self.wfile.write(b"" if act == "503" else body[:len(body) // 2] if "cut" in act else body)
 
     def log_message(self, *args):
         pass
@@ -672,44 +722,87 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    RangeServer.content, RangeServer.whole, RangeServer.stubborn = b"0123456789" * 50_000, True, False
-    RangeServer.asked = []
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
+    FileServer.content, FileServer.plan, FileServer.asked, FileServer.etag = b"0123456789" * 50_000, [], [], ""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FileServer)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/file.json"
+    yield f"http://127.0.0.1:{httpd.server_port}/"
     httpd.shutdown()
     httpd.server_close()
 
 
-def test_a_download_goes_on_where_it_was_cut_off(server, tmp_path):
-    """Starting over, appending to a file that the server sent from its beginning, or keeping half a file as whole."""
-    sha = hashlib.sha256(RangeServer.content).hexdigest()
-    for stubborn in (False, True):
-        RangeServer.whole, RangeServer.stubborn, RangeServer.asked = False, stubborn, []
-        path = tmp_path / f"{stubborn}.json"
-        D.download(server, path, sha)
-        assert path.read_bytes() == RangeServer.content and not Path(f"{path}.part").exists()
-        first, second = RangeServer.asked
-        assert first is None and 0 < int(second[len("bytes="):-1]) <= 250_000
-        D.download(server, path, sha)                                    # already here
-        assert len(RangeServer.asked) == 2
+@pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut"], 2), (["cut", "cut"], 3),
+                                            (["all cut", "all"], 2), (["too long"], 2)])
+def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_path):
+    """Starting over, appending to a file that the server sent from its beginning, keeping half a file as whole, giving
+    up at a busy server, or at a part that is whole but was not renamed (HTTP 416)."""
+    FileServer.plan, path = list(plan), tmp_path / "file.json"
+    if plan == ["too long"]:
+        put(tmp_path / "file.json.part", FileServer.content + b"?")
+    for _ in range(2):                                                      # the second time it is already here
+        D.download(server, path, hashlib.sha256(FileServer.content).hexdigest())
+        assert path.read_bytes() == FileServer.content and list(tmp_path.iterdir()) == [path]
+        assert len(FileServer.asked) == requests
+    if "cut" in plan:
+        assert FileServer.asked[:1] == [0] and 0 < FileServer.asked[1] <= 250_000
+        assert FileServer.asked == sorted(set(FileServer.asked))
 
 
-def test_a_damaged_download_is_refused(server, tmp_path):
+@pytest.mark.parametrize("given, stated", [("00", ""), ("", "0" * 64)])
+def test_a_damaged_download_is_refused(given, stated, server, tmp_path):
     """A file with other bytes than published must not be used, nor lie there for the next run to find."""
-    with pytest.raises(InputError, match="SHA-256 is .* expected 00"):
-        D.download(server, tmp_path / "file.json", "00")
+    FileServer.etag = stated
+    refused(lambda: D.download(server, tmp_path / "file.json", given), server, "SHA-256 is", "expected 00")
     assert not list(tmp_path.iterdir())
 
 
-def test_no_network_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+def test_no_network_is_one_line_with_the_remedy(server, tmp_path, monkeypatch):
     """A traceback of five layers of libraries, or endless tries."""
-    monkeypatch.setattr(D.time, "sleep", lambda seconds: None)
-    with pytest.raises(InputError, match="no connection .* put it at .*x.json, and run this again"):
-        D.download("http://127.0.0.1:9/x.json", tmp_path / "x.json", tries=2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    remedy = f"put it at {tmp_path / 'x.json'}, and run this again"
+    refused(lambda: D.download("http://127.0.0.1:9/x.json", tmp_path / "x.json"), "http://127.0.0.1:9/x.json", remedy)
+    FileServer.plan = ["503"] * 20
+    refused(lambda: D.download(server, tmp_path / "x.json"), server, "503", remedy)
+    assert 2 < len(FileServer.asked) < 10
 
 
-def test_critiques_become_judged_responses(tmp_path):
+SHEPHERD = {"id": 0, "dataset": "D", "question": "q", "answer": "a\n\n", "feedback": "f"}
+SHEPHERD_RAW = {"id": 0, "metadata": {"context": "q", "output_candidate": "a\n\n", "output_correct": "c"},
+                "latestLabel": {"jsonResponse": {"CLASSIFICATION_JOB_0": {"categories": [
+                    {"children": {"J1": {"text": " one. "}}}, {"children": {"J2": {"text": "two."}, "J3": {}}}]}}}}
+
+
+def test_shepherds_layouts(server, tmp_path, monkeypatch):
+    """A published file is misread: wrong field, half of the judgment, a crash where an annotator left a gap, or it is
+    downloaded and then not converted."""
+    FileServer.content = json.dumps(SHEPHERD).encode()
+    monkeypatch.setitem(D.DOWNLOADS, "shepherd", (server, {"down.jsonl": ""}))
+    D.main(["shepherd", "--to", str(tmp_path)])
+    D.main(["shepherd", "--file", str(put(tmp_path / "raw.jsonl", [SHEPHERD_RAW])), "--to", str(tmp_path)])
+    assert len(FileServer.asked) == 1
+    model, = D.read_judged(tmp_path / "shepherd" / "down.judged.jsonl")
+    raw, = D.read_judged(tmp_path / "shepherd" / "raw.judged.jsonl")
+    assert model == {"id": 0, "instruction": "q", "input": "", "output": "a\n\n", "judgment": "f", "reference": None}
+    assert raw == {**model, "judgment": "one. two.", "reference": "c"}
+    for bad, *parts in [({**SHEPHERD_RAW, "latestLabel": None}, "layout of shepherd"), ({"id": 1}, "'question'"),
+                        ({**SHEPHERD, "question": None}, "'instruction'", "NoneType")]:
+        path = put(tmp_path / "bad.jsonl", [SHEPHERD, bad])
+        refused(lambda: D.convert("shepherd", path, tmp_path), path, "record 1", *parts)
+    assert not (tmp_path / "bad.judged.jsonl").exists()
+    for names in (["cut"], ["shepherd", "critiques"], ["world"]):
+        refused(lambda: D.main([*names, "--file", "x.jsonl"]), "--file", "shepherd")
+
+
+@real
+def test_shepherds_two_files_line_up(tmp_path):
+    """One of the two published files loses records, so that right answers are joined to the wrong questions."""
+    files = [REAL / "shepherd" / name for name in ("human_data_for_model.jsonl", "human_data_raw.jsonl")]
+    a, b = (D.read_judged(D.convert("shepherd", path, tmp_path)) for path in files)
+    assert len(a) == len(b) == 1317
+    assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
+    assert all(r["judgment"].strip() for r in a + b) and sum(r["reference"] is not None for r in b) == 1317
+
+
+def test_critiques_become_judged_responses(tmp_path, capsys):
     """The best-ranked answer with all its critiques; no critique is good; empty or unrefined ones are counted."""
     def answer(text, *critiques, **feedback):
         return {"answer": text, "feedback": {"rating": 3, "critiques": [
@@ -723,35 +816,11 @@ def test_critiques_become_judged_responses(tmp_path):
         {"question": "Q4", "answers": [answer("unrefined", ("c", ""))], "rankings": [1]},
         {"question": "", "answers": [answer("no question")], "rankings": [1]},
     ]
-    path = tmp_path / "train.jsonl.gz"
     record = {"id": "a", "data": {"passage": {"title": "T", "text": "P"}, "questions": questions}}
-    path.write_bytes(gzip.compress(json.dumps(record).encode()))
-    records = D.read_judged(path)
+    path = put(tmp_path / "train.jsonl.gz", gzip.compress(json.dumps(record).encode()))
+    records = D.read_judged(D.convert("critiques", path, tmp_path / "critiques"))
     assert [(r["instruction"], r["output"], r["judgment"], r["reference"]) for r in records] == [
         ("P\nQ1", "better", "c1 c2", "r2"), ("P\nQ2", "good", None, None)]
-    path.write_bytes(gzip.compress(json.dumps({"data": {"questions": [{}], "passage": {"text": ""}}}).encode()))
-    with pytest.raises(InputError, match="record 0 is not in the layout of the critiques"):
-        D.read_judged(path)
-
-
-def test_a_judge_learns_from_judged_responses(tmp_path):
-    """The judge's prompt in training must be the one that simulate.py asks it with."""
-    path = tmp_path / "judged.json"
-    path.write_text(json.dumps([{"instruction": "a", "input": "b", "output": "{y}", "judgment": "bad"},
-                                {"instruction": "c", "output": "d", "judgment": None}]))
-    one, two = D.read_judge_training(path)
-    assert one["instruction"] == D.JUDGE_SYSTEM + "\n\nInstruction:\na\n\nb\n\nAnswer:\n{y}\n\nYour review:"
-    assert (one["output"], two["output"]) == ("bad", "Perfect.") and one["judgment"] is None
-
-
-FARM = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_farm"
-
-
-@pytest.mark.skipif(not FARM.is_dir(), reason="needs AlpacaFarm's sample files")
-@pytest.mark.parametrize("name,read,count", [
-    ("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8), ("outputs_sft", D.read_outputs, 252),
-    ("outputs_rlhf", D.read_outputs, 252), ("outputs_baseline", D.read_demonstrations, 252),
-    ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
-def test_alpacafarms_files_are_read_as_published(name, read, count):
-    """A check that is stricter than the published data."""
-    assert len(read(FARM / f"{name}.json")) == count
+    assert records[0]["id"] == "a-1-Q1" and "left out 3" in capsys.readouterr().out
+    put(path, gzip.compress(json.dumps({"data": {"questions": [{}], "passage": {"text": ""}}}).encode()))
+    refused(lambda: D.convert("critiques", path, tmp_path), path, "record 0 is not in the layout of critiques")
