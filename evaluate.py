@@ -23,6 +23,7 @@ Commands:
 """
 import argparse
 import bisect
+import itertools
 import math
 import re
 
@@ -195,7 +196,7 @@ def agreement(annotator, humans):
     for pair in annotator:
         if pair in humans:
             labels, votes = annotator[pair], leave_one_out_votes(humans[pair])
-            matches = [match({label}, v) for label in labels for v in votes]
+            matches = [match({label}, v) for label, v in itertools.product(labels, votes)]
             scores.append(sum(matches) / len(labels) / len(votes))
     return mean_or_none(scores)
 
