@@ -184,15 +184,18 @@ class Tokenizer:
 
     def save(self, directory):
         """Writes tokenizer.model and what transformers and vLLM need beside it: the companion files of the directory
-        that it came from (regular files only: a link could point anywhere), else our own."""
+        that it came from, else our own."""
         directory = Path(directory)
         (directory / "tokenizer.model").write_bytes(self.serialized)
         copied = set()
-        for name in COMPANIONS if self.directory else ():
-            source = self.directory / name
-            if source.is_file() and not source.is_symlink():
-                (directory / name).write_bytes(source.read_bytes())
-                copied.add(name)
+        if self.directory:
+            home = self.directory.resolve()
+            trusted = (home, home.parent.parent / "blobs")  # where a link may lead: Hugging Face's cache is made of links
+            for name in COMPANIONS:
+                source = (home / name).resolve()
+                if source.is_file() and source.parent in trusted:
+                    (directory / name).write_bytes(source.read_bytes())
+                    copied.add(name)
         if "tokenizer_config.json" in copied:
             return
         write_json(directory / "tokenizer_config.json", {
