@@ -1060,7 +1060,7 @@ class Run:
         for step in run.steps(args.steps, "sft"):
             ...                                          # the lesson: backward passes over the step's examples
             loss, norm = run.update(loss, lr)
-            run.log(step=step, loss=loss, grad_norm=norm)    # and run.totals(), of numbers that were added
+            run.log(loss=loss, grad_norm=norm)           # and run.totals(), of numbers that were added
 
     `state` is what a resumed run needs besides weights and optimizer; a loop may add to it. Random choices derive from
     (seed, step), so no generator state is kept. resume.pt is in the run folder exactly while the run is unfinished.
@@ -1128,13 +1128,13 @@ class Run:
         return totals
 
     def log(self, **metrics):
-        """Appends one line to metrics.jsonl; the progress bar shows its second to fourth entry."""
-        self.state["lines"] += 1
+        """Appends one line to metrics.jsonl, numbered by `step`; the progress bar shows its first three entries."""
         if rank() == 0:
-            line = {**metrics, "seconds": time.time() - self.step_start}
+            line = {"step": self.state["lines"], **metrics, "seconds": time.time() - self.step_start}
             self.metrics.write(json.dumps(line) + "\n")
-            shown = list(metrics.items())[1:4]
+            shown = list(metrics.items())[:3]
             self.bar.set_postfix({key: f"{value:.3g}" for key, value in shown}, refresh=False)
+        self.state["lines"] += 1
 
     def save(self):
         """Writes resume.pt. Every rank calls this: what --zero has sharded is collected on rank 0."""

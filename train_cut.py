@@ -99,14 +99,13 @@ RECIPES = {
 # The lesson
 
 
-def train(model, examples, flagged, replay, steps, run, args, device):
-    """One round. The loop of train_sft.py, but a bad response is read in two passes."""
-    number = run.state["round"]
-    peak, warmup = args.lr * args.lr_decay ** number, math.ceil(args.warmup * steps)
-    batches = Batches([e.size() for e in examples], args.batch_size, args.seed + number)
+def train(model, examples, flagged, replay, steps, peak, seed, run, args, device):
+    """One round: judged responses. The loop of train_sft.py, but a bad response is read in two passes."""
+    warmup = math.ceil(args.warmup * steps)
+    batches = Batches([e.size() for e in examples], args.batch_size, seed)
     if replay:
-        replays = Batches([e.size() for e in replay], args.replay, args.seed + 1000 + number)
-    for step in run.steps(steps, f"round {number + 1}: cut"):
+        replays = Batches([e.size() for e in replay], args.replay, seed + 1000)
+    for step in run.steps(steps, f"round {run.state['round'] + 1}: cut"):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         again = [replay[i] for i in replays(step)] if replay else []
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
@@ -129,7 +128,7 @@ def train(model, examples, flagged, replay, steps, run, args, device):
 
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
-        run.log(step=number * steps + step, loss=loss, **detection_means(run.totals()), lr=lr, grad_norm=norm)
+        run.log(loss=loss, **detection_means(run.totals()), lr=lr, grad_norm=norm)
 
 
 def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
@@ -364,8 +363,9 @@ def main(argv=None):
             before = flag_tokens(model, answered, number, args, device)
         flagged = {"live": None, "frozen": before, "all": all_tokens(examples)}[args.detect]
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
+        peak = args.lr * args.lr_decay ** number
 
-        train(wrapped, examples, flagged, replay, steps, run, args, device)
+        train(wrapped, examples, flagged, replay, steps, peak, args.seed + number, run, args, device)
         if run.stopped:
             break
         if test:

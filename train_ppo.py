@@ -209,7 +209,7 @@ def train_pairs(args, device):
         lr = lr_at(step, args.lr, warmup, steps)
         loss, norm = run.update(loss_sum, lr, batch)
         means = {name: total / len(batch) for name, total in run.totals().items()}
-        run.log(step=step, loss=loss, **means, lr=lr, grad_norm=norm)
+        run.log(loss=loss, **means, lr=lr, grad_norm=norm)
 
     if not run.stopped:
         margins = held_out_margins(rewards_of, model, held_out, args, device)
@@ -565,7 +565,7 @@ def train_policy(args, device):
 
         # --- report and validation
         seconds = [end - start for start, end in zip(clock, clock[1:])]
-        run.log(step=step, **statistics, lr=lr, seconds_rollout=seconds[0], seconds_scoring=seconds[1],
+        run.log(**statistics, lr=lr, seconds_rollout=seconds[0], seconds_scoring=seconds[1],
                 seconds_update=seconds[2])
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             write_samples(Path(args.out, "samples.jsonl"), step, asked, rollouts, task)

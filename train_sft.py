@@ -60,10 +60,10 @@ RECIPES = {
 # The lesson
 
 
-def train(model, examples, steps, run, args, device):
-    """The training loop. train_cut.py has the same one, with a second kind of micro-batch."""
-    peak, warmup = args.lr, math.ceil(args.warmup * steps)
-    batches = Batches([e.size() for e in examples], args.batch_size, args.seed)
+def train(model, examples, steps, peak, seed, run, args, device):
+    """The training loop: demonstrations. train_cut.py has the same one, with a second kind of micro-batch."""
+    warmup = math.ceil(args.warmup * steps)
+    batches = Batches([e.size() for e in examples], args.batch_size, seed)
     for step in run.steps(steps, "sft"):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         total = sum(len(e.response) for e in batch)               # response tokens, over all ranks
@@ -82,7 +82,7 @@ def train(model, examples, steps, run, args, device):
 
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
-        run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=total)
+        run.log(loss=loss, lr=lr, grad_norm=norm, tokens=total)
 
 
 def sft_batch(part, device):
@@ -137,7 +137,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
     run = Run(args, model, optimizer)
 
-    train(distribute(model), examples, args.steps, run, args, device)
+    train(distribute(model), examples, args.steps, args.lr, args.seed, run, args, device)
 
     token = 0 if args.recipe == "conditioning" else None        # the control token that asks for good answers
     save_run(model, tokenizer, args, reward_token=token)
