@@ -1068,6 +1068,7 @@ class Run:
 
     def __init__(self, args, model, optimizer, **state):
         self.args, self.model, self.optimizer = args, model, optimizer
+        self.device = next(model.parameters()).device
         self.path = Path(args.out, "resume.pt")
         self.state = {"step": 0, "lines": 0, **state}
         self.start = self.step_start = time.time()

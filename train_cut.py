@@ -99,7 +99,7 @@ RECIPES = {
 # The lesson
 
 
-def train(model, examples, flagged, replay, steps, peak, seed, run, args, device):
+def train(model, examples, flagged, replay, steps, peak, seed, run, args):
     """One round: judged responses. The loop of train_sft.py, but a bad response is read in two passes."""
     warmup = math.ceil(args.warmup * steps)
     batches = Batches([e.size() for e in examples], args.batch_size, seed)
@@ -113,8 +113,8 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args, device
         bad = [(e, 1 / len(batch)) for e in mine if e.judged]
         good = [(e, 1 / len(batch)) for e in mine if not e.judged]
         good += [(e, 1 / len(again)) for e in share(again)]
-        micro = [judged_batch(part, flagged, args, device) for part in chunks(bad, args.micro_batch_size)]
-        micro += [good_batch(part, args, device) for part in chunks(good, 2 * args.micro_batch_size)]
+        micro = [judged_batch(part, flagged, args, run.device) for part in chunks(bad, args.micro_batch_size)]
+        micro += [good_batch(part, args, run.device) for part in chunks(good, 2 * args.micro_batch_size)]
 
         loss_sum = 0.0
         for i, (tokens, targets, token_loss, per_token) in enumerate(micro):
@@ -365,7 +365,7 @@ def main(argv=None):
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
 
-        train(wrapped, examples, flagged, replay, steps, peak, args.seed + number, run, args, device)
+        train(wrapped, examples, flagged, replay, steps, peak, args.seed + number, run, args)
         if run.stopped:
             break
         if test:

@@ -60,7 +60,7 @@ RECIPES = {
 # The lesson
 
 
-def train(model, examples, steps, peak, seed, run, args, device):
+def train(model, examples, steps, peak, seed, run, args):
     """The training loop: demonstrations. train_cut.py has the same one, with a second kind of micro-batch."""
     warmup = math.ceil(args.warmup * steps)
     batches = Batches([e.size() for e in examples], args.batch_size, seed)
@@ -69,7 +69,7 @@ def train(model, examples, steps, peak, seed, run, args, device):
         total = sum(len(e.response) for e in batch)               # response tokens, over all ranks
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
         mine = share(batch) or [batch[0]._replace(response=[], judged=None)]
-        micro = [sft_batch(part, device) for part in chunks(mine, args.micro_batch_size)]
+        micro = [sft_batch(part, run.device) for part in chunks(mine, args.micro_batch_size)]
 
         loss_sum = 0.0
         for i, (tokens, targets) in enumerate(micro):
@@ -137,7 +137,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
     run = Run(args, model, optimizer)
 
-    train(distribute(model), examples, args.steps, args.lr, args.seed, run, args, device)
+    train(distribute(model), examples, args.steps, args.lr, args.seed, run, args)
 
     token = 0 if args.recipe == "conditioning" else None        # the control token that asks for good answers
     save_run(model, tokenizer, args, reward_token=token)
