@@ -10,7 +10,7 @@ Four verbs read and write JSON files:
   python simulate.py --model out/cut-0 --prompt "Say what 15 less 4 is."      one prompt (sample is the default verb)
   python simulate.py sample --model out/sft-0-corrects --data ask.jsonl --outputs 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
-  python simulate.py judge --data outputs.jsonl --by api --api URL --api-model NAME --out judged.jsonl
+  python simulate.py judge --by api --api http://localhost:8000/v1 --api-model NAME --data outputs.jsonl --out j.jsonl
 
 The judge (--by): `reference` compares with the right answer word by word; `simulated` stands in for AlpacaFarm's
 pool of API annotators, offline, with given accuracy and biases; `api` asks an OpenAI-compatible server; `model` asks
@@ -198,8 +198,10 @@ class Client:
     flight. Failures are never stored. The key is sent to --api only and is removed from every text."""
 
     def __init__(self, args):
-        self.args, self.cache = args, Cache(args.cache)
         self.url = args.api.rstrip("/") + "/chat/completions"
+        self.cache, self.label = Cache(args.cache), args.verb
+        self.at_once, self.timeout, self.dry_run = args.at_once, args.timeout, args.dry_run
+        self.price, self.max_cost = args.price, args.max_cost
         self.key = os.environ.get(args.key_env, "").strip()
         if not re.fullmatch("[!-~]*", self.key):                          # http.client's own error would show it
             raise InputError(f"the API key in {args.key_env} contains a space or a non-ASCII character: copy it again")
@@ -222,7 +224,7 @@ class Client:
 
     def cost(self, prompt_tokens, completion_tokens):
         """Dollars; 0 without --price."""
-        prompt_price, completion_price = self.args.price or (0.0, 0.0)
+        prompt_price, completion_price = self.price or (0.0, 0.0)
         return (prompt_tokens * prompt_price + completion_tokens * completion_price) / 1e6
 
     def complete(self, payloads, whole=False):
@@ -231,14 +233,14 @@ class Client:
         keys = [Cache.key(self.url, payload) for payload in payloads]
         todo = {k: p for k, p in zip(keys, payloads) if k not in self.cache.answers}
         self.stats["from_cache"] += len(set(keys)) - len(todo)
-        if self.args.dry_run:
+        if self.dry_run:
             self.print_estimate(todo.values())
             raise DryRun
         answers = {}
-        pool = ThreadPoolExecutor(self.args.at_once)
+        pool = ThreadPoolExecutor(self.at_once)
         try:
             futures = {pool.submit(self._ask, k, p, whole): k for k, p in todo.items()}
-            for future in tqdm(as_completed(futures), self.args.verb, len(todo), delay=1):
+            for future in tqdm(as_completed(futures), self.label, len(todo), delay=1):
                 answers[futures[future]] = future.result()
         except InputError as error:
             raise InputError(f"{self.url}: {error} (answers that came in are kept in {self.cache.path})") from None
@@ -250,8 +252,8 @@ class Client:
         """One call within the budget, its answer stored. Runs in a worker thread."""
         highest = self.cost(prompt_bytes(payload), payload["max_tokens"])
         with self.lock:
-            if self.stats["cost"] + highest > self.args.max_cost:
-                return Answer(None, f"not sent: --max-cost {self.args.max_cost} could be exceeded")
+            if self.stats["cost"] + highest > self.max_cost:
+                return Answer(None, f"not sent: --max-cost {self.max_cost} could be exceeded")
             self.stats["cost"] += highest                                 # corrected when the usage is known
             self.stats["calls"] += 1
         answer, usage = self._send(payload, whole)
@@ -269,7 +271,7 @@ class Client:
         it counts at its highest cost. HTTP errors cost nothing. InputError: every other call would fail, too."""
         usage = None
         try:
-            reply = self.session.post(self.url, json=payload, timeout=(10, self.args.timeout), allow_redirects=False)
+            reply = self.session.post(self.url, json=payload, timeout=(10, self.timeout), allow_redirects=False)
             self.connected = True
             if reply.status_code != 200:
                 reason = f"HTTP {reply.status_code}: {self._hide_key(reply.text)}"
@@ -299,7 +301,7 @@ class Client:
                  "completion_tokens": sum(payload["max_tokens"] for payload in payloads)}
         print(f"{len(payloads)} calls to send, {self.stats['from_cache']} answers in the cache: about "
               f"{usage['prompt_tokens']} prompt tokens, at most {usage['completion_tokens']} completion tokens")
-        cost = f"at most ${self.cost(**usage):.2f}" if self.args.price else "unknown without --price PROMPT COMPLETION"
+        cost = f"at most ${self.cost(**usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
         print(f"cost: {cost}")
 
 
@@ -643,8 +645,9 @@ def built_in_preferences(model_directory, seed, noise, device):
 
 
 def get_completions(args, records, n=1, template=None, system=""):
-    """n texts for each record by --api or --model: (list of (record, texts), failed records with the reason, client or
-    None). The prompt is the record itself or `template`, in which a truncated answer is a failure."""
+    """Asks --api or --model for n texts per record: (list of (record, texts), failed records with the reason, the
+    client or None). The prompt is the record itself; with `template`, the template filled with it, and an API's
+    truncated answer is a failure."""
     prompts = records
     if template:
         prompts = []
@@ -696,7 +699,8 @@ def model_completions(args, prompts, n, system):
                "top_p": args.top_p, "top_k": args.top_k}
 
     # The cache's key is everything that decides the samples: weights, options, the prompt and its number.
-    weights = [(path.name, path.stat().st_mtime_ns) for path in sorted(Path(args.model).glob("*model*"))]
+    files = sorted(Path(args.model).glob("*model*"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     keys = []
     for i, record in enumerate(records):
         keys.append(Cache.key(weights, prompt_format, options, i, question(record)))
@@ -712,7 +716,10 @@ def model_completions(args, prompts, n, system):
             for i, samples in zip(part, texts):
                 cache.add(keys[i], samples)
             bar.update(n * len(part))
-    return (Answer(text) for key in keys for text in cache.answers[key])
+    answers = []
+    for key in keys:
+        answers += map(Answer, cache.answers[key])
+    return iter(answers)
 
 
 def write_outputs(args, records, failed, client=None, **counts):
@@ -876,16 +883,20 @@ def parse(argv):
 
     judge.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
 
-    refine.add_argument("--by", choices=("model", "api", "reference"), help="who rewrites (default: api if --api is given)")
+    refine.add_argument("--by", choices=("model", "api", "reference"),
+                        help="who rewrites (default: api if --api is given)")
 
     prefer.add_argument("--by", choices=("simulated", "reference", "api"), default="simulated", help="who compares")
     prefer.add_argument("--against", help="a baseline's outputs, output_1 of every pair: prints the win rate of --data")
     prefer.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
-    prefer.add_argument("--models", nargs="*", default=[], help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
+    prefer.add_argument("--models", nargs="*", default=[],
+                        help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
     prefer.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
     prefer.add_argument("--accuracy", type=fraction, help="of all simulated annotators (default: .75 to .95)")
-    prefer.add_argument("--length-bias", type=float, default=0.0, help="log-odds for the longer output, with --accuracy")
-    prefer.add_argument("--position-bias", type=float, default=0.0, help="log-odds for the first shown, with --accuracy")
+    prefer.add_argument("--length-bias", type=float, default=0.0,
+                        help="log-odds for the longer output, with --accuracy")
+    prefer.add_argument("--position-bias", type=float, default=0.0,
+                        help="log-odds for the output shown first, with --accuracy")
 
     for p in (sample, judge, refine, prefer):
         p.add_argument("--data", help="JSON or JSONL to read")
