@@ -1,18 +1,16 @@
-"""simulate.py against a chat-completions server on this machine that fails by plan: what is asked, kept, paid and said,
-through the client and through the verbs; vectors of labels, draws and noise by hand; local models resumed."""
+"""simulate.py against a chat-completions server on this machine that fails by plan: what is asked, kept and paid,
+through the client and through the verbs; labels, draws and noise against vectors; local sampling."""
 import collections
 import datetime
 import email.utils
 import hashlib
 import http.server
-import io
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -27,8 +25,9 @@ import torch
 
 import data
 import simulate
-from model import Config, InputError, LLaMA
-from simulate import ANNOTATORS, PAIR, SINGLE, STYLES, Cache, Client, chat, find_labels, retry_after
+from data import InputError
+from model import Config, LLaMA
+from simulate import ANNOTATORS, PAIR, SINGLE, STYLES, Client, chat, find_labels, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "sk-do-not-tell-7Qx93"
@@ -44,9 +43,13 @@ def fingerprint(payload):
 
 
 def usage_of(payload):
-    """One token a character, four times what the client's rough estimate expects: as for Chinese."""
+    """One token per character, four times what the dry run's estimate expects: as for Chinese."""
     characters = sum(len(m["content"]) for m in payload["messages"])
     return {"prompt_tokens": characters, "completion_tokens": payload["max_tokens"]}
+
+
+def reply(text, **more):
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], **more})
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,33 +58,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         s, payload = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with s.lock:
-            number, s.calls = s.calls, s.calls + 1
+            number = len(s.payloads)
             s.payloads.append(payload)
-            s.paths.add(self.path)
             s.authorizations.add(self.headers.get("Authorization"))
-        status, headers, body, seconds = 200, {}, None, s.seconds
         fault = s.fault(number, payload)
+        time.sleep(s.slow if fault == "slow" else s.seconds)
         if fault == "close":
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
-        if fault == "slow":
-            seconds = s.slow
-        elif fault in ("malformed", "empty"):
-            body = {"malformed": b'{"choices": [{"mess', "empty": None}[fault]
-        elif fault:
+        if isinstance(fault, tuple):
             status, headers, body = fault
             body = body.replace("AUTHORIZATION", str(self.headers.get("Authorization"))).encode()
-        time.sleep(seconds)
-        if body is None:
-            text = " " if fault == "empty" else s.answer(payload)
-            said = {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage_of(payload)}
-            body = json.dumps(said).encode()
-        if status == 200:
+        else:
+            status, headers = 200, {}
+            body = reply(" " if fault == "empty" else s.answer(payload), usage=usage_of(payload)).encode()
             with s.lock:
-                s.answered[fingerprint(payload)] += 1
+                s.answered[fingerprint(payload)] += fault is None
+        length = len(body)
+        if fault in ("malformed", "broken"):
+            body = body[:length // 2]
+            self.close_connection = fault == "broken"                       # more was announced than comes
+            length = length if fault == "broken" else len(body)
+        lines = [f"HTTP/1.1 {status} Status", *(f"{k}: {v}" for k, v in headers.items()), f"Content-Length: {length}"]
         try:
-            self.wfile.write("".join([f"HTTP/1.1 {status} Said\r\n", *(f"{k}: {v}\r\n" for k, v in headers.items()),
-                                      f"Content-Length: {len(body)}\r\n\r\n"]).encode() + body)
+            self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
         except OSError:                                                     # the client has gone
             self.close_connection = True
 
@@ -91,16 +91,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers `answer(payload)`, a pure function of the payload, after `seconds`; or does what fault(number of the
-    call, payload) says: "close", "slow", "malformed", "empty" or (status, headers, body)."""
+    call, payload) says: "close", "slow", "malformed", "broken", "empty" or (status, headers, body)."""
     request_queue_size, daemon_threads = 128, True
 
-    def __init__(self, answer=fingerprint, fault=lambda number, payload: None, seconds=0.0, slow=1.5):
+    def __init__(self, answer=fingerprint, fault=lambda number, payload: None, seconds=0.0, slow=1.2):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.fault, self.seconds, self.slow = answer, fault, seconds, slow
-        self.lock, self.calls, self.payloads, self.paths, self.authorizations = threading.Lock(), 0, [], set(), set()
+        self.lock, self.payloads, self.authorizations = threading.Lock(), [], set()
         self.answered = collections.Counter()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def calls(self):
+        return len(self.payloads)
 
     def handle_error(self, request, client_address):                        # a killed client is no error of ours
         pass
@@ -122,16 +126,23 @@ def serve():
 
 @pytest.fixture
 def hurry(monkeypatch):
-    """The client's pauses shrink to milliseconds; those that a server asks for stay."""
-    monkeypatch.setattr(random, "uniform", lambda low, high: 0.002)
+    """The client's own pauses shrink to milliseconds; those that a server asks for stay."""
+    monkeypatch.setattr(simulate.APIRetry, "get_backoff_time", lambda self: 0.002)
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def questions(count, words=1):
     return [chat("m", f"Question {i}? " * words, temperature=0.5, max_tokens=8) for i in range(count)]
 
 
-def client(server, directory, **settings):
-    return Client(server.url, Cache(directory / "cache.jsonl"), **settings)
+def client(url, directory, **flags):
+    args = parse(["--api", getattr(url, "url", url), "--api-model", "m", "--data", "in", "--out", f"{directory}/out"])
+    vars(args).update(cache=f"{directory}/cache.jsonl", **flags)
+    return Client(args)
 
 
 def lines(path):
@@ -143,97 +154,119 @@ def write(path, records):
     return str(path)
 
 
-FAULTS = {"429": 200, "500": 100, "slow": 40, "close": 40, "malformed": 20, "empty": 20}
-
-
-def misbehaving(seed=0):
-    """A plan over 2,000 calls, and the fault function that goes by it."""
-    plan = [kind for kind, count in FAULTS.items() for _ in range(count)]
-    plan += [None] * (2000 - len(plan))
-    rng = random.Random(seed)
-    rng.shuffle(plan)
-
-    def fault(number, payload):
-        kind = plan[number % 2000]
-        soon = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc), usegmt=True)
-        asked = ["0", "0.01", soon, "nonsense"][number % 4]
-        return {"429": (429, {"Retry-After": asked}, "slow down"), "500": (500, {}, "oops")}.get(kind, kind)
-    return fault
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The client
 
+FAULTS = {"429": 200, "500": 100, "slow": 20, "close": 20, "malformed": 20, "broken": 20, "empty": 20}
+
+
+def misbehaving(number, payload, plan=random.Random(0).sample([*collections.Counter(FAULTS).elements()]
+                                                               + [None] * 1600, 2000)):
+    """A fifth of 2,000 calls fails; HTTP errors come with good, odd and malformed Retry-After headers."""
+    kind = plan[number % 2000]
+    now = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc), usegmt=True)
+    after = ["0", "0.01", now, "nonsense", "-5", "Mon, 45 Foo 99999"][number % 6]
+    return (int(kind), {"Retry-After": after}, "slow down") if kind in ("429", "500") else kind
+
 
 def test_two_thousand_calls_with_faults(serve, hurry, tmp_path):
-    """An answer is lost, doubled or given to another example when a fifth of all calls fail in six ways."""
-    server, asked = serve(fault=misbehaving()), questions(1580)
-    asker = client(server, tmp_path, timeout=1.0, tries=12)
-    found = asker.complete(asked)
-    assert [a.text for a in found] == [fingerprint(p) for p in asked] and not any(a.reason for a in found)
+    """An answer is lost, doubled, paid twice or given to another question when a fifth of all calls fail."""
+    server, asked = serve(fault=misbehaving), questions(1500)
+    first = client(server, tmp_path, timeout=0.8, tries=12)
+    answers = first.complete(asked)
+    failed = [p for p, a in zip(asked, answers) if a.text is None]
+    assert 60 <= len(failed) <= 100 and first.stats["calls"] == 1500 < server.calls
+    assert all(a.text in (None, fingerprint(p)) and (a.text is None) == bool(a.reason) for p, a in zip(asked, answers))
+    for _ in range(8):
+        again = client(server, tmp_path, timeout=0.8, tries=12)
+        answers = again.complete(asked)
+        assert again.stats["calls"] == len(failed) and again.stats["from_cache"] == 1500 - len(failed)
+        failed = [p for p, a in zip(asked, answers) if a.text is None]
+    assert [a.text for a in answers] == [fingerprint(p) for p in asked]
+    assert len(server.answered) == 1500 == sum(server.answered.values())
     stored = lines(tmp_path / "cache.jsonl")
-    assert len(stored) == len({e["key"] for e in stored}) == len(asked)
-    assert asker.stats["calls"] == server.calls >= 1950
-    assert set(asker.stats["retries"]) == {"HTTP 429", "HTTP 500", "time-out", "dropped connection", "malformed answer",
-                                           "empty answer"}
-    assert asker.stats["answered"] == len(asked) and not asker.stats["unanswered"]
-    assert server.calls == len(asked) + sum(asker.stats["retries"].values())
+    assert len(stored) == len({e["key"] for e in stored}) == 1500
 
 
-def test_failures_are_listed_and_not_stored(serve, hurry, tmp_path):
-    """A failed call is stored as an answer, is missing from the list of failures, or costs its neighbours again."""
-    kinds = [(429, {}, "wait"), (500, {}, "oops"), "close", "malformed", "empty", "slow"]
-
-    def fault(number, payload):
-        i = int(re.search(r"\d+", payload["messages"][0]["content"])[0])
-        return kinds[i // 10] if i % 10 == 3 and broken else None
-    broken, server, asked = True, serve(fault=fault), questions(60)
-    first = client(server, tmp_path, timeout=0.5, tries=1)
-    found = first.complete(asked)
-    bad = [i for i, a in enumerate(found) if a.text is None]
-    assert bad == [3, 13, 23, 33, 43, 53]
-    for i, word in zip(bad, ("HTTP 429", "HTTP 500", "dropped connection", "malformed", "empty", "time-out")):
-        assert word in found[i].reason
-    assert [a.text for a in found if a.text] == [fingerprint(p) for i, p in enumerate(asked) if i not in bad]
-    assert first.stats["unanswered"] == {"gave up": 6} and first.stats["retries"] == {}
-    assert len(lines(tmp_path / "cache.jsonl")) == 54
-    broken, calls = False, server.calls
-    again = client(server, tmp_path, timeout=2.0)
-    assert [a.text for a in again.complete(asked)] == [fingerprint(p) for p in asked]
-    assert server.calls - calls == again.stats["calls"] == again.stats["answered"] == 6
-    assert again.stats["from_cache"] == 54
-
-
-def test_equal_payloads_are_sent_once(serve, tmp_path):
-    """An example that stands in the file twice is paid twice, or its second copy gets no answer."""
-    server, asked = serve(), questions(5)
-    found = client(server, tmp_path).complete(asked + asked[::-1])
-    assert server.calls == 5 and [a.text for a in found] == [fingerprint(p) for p in asked + asked[::-1]]
+COSTS = {       # what the server does: the reason of the failure ("": none), what it costs
+    "usage": (None, "", "usage"),
+    "no usage": ((200, {}, reply("text")), "", "most"),
+    "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
+    "NaN": ((200, {}, reply("text", usage={"prompt_tokens": math.nan, "completion_tokens": 1})), "", "most"),
+    "absurd usage": ((200, {}, reply("text", usage={"prompt_tokens": 10 ** 400, "completion_tokens": 1})), "", "most"),
+    "half a usage": ((200, {}, reply("text", usage={"prompt_tokens": 1})), "", "most"),
+    "usage is text": ((200, {}, reply("text", usage="seven")), "AttributeError", "most"),
+    "content is null": ((200, {}, reply(None)), "empty answer", "most"),
+    "content is a list": ((200, {}, reply(["text"])), "AttributeError", "most"),
+    "no choices": ((200, {}, '{"choices": []}'), "IndexError", "most"),
+    "a list": ((200, {}, "[]"), "AttributeError", "most"),
+    "HTML": ((200, {}, "<html>"), "JSONDecodeError", "most"),
+    "nested": ((200, {}, "[" * 100000), "RecursionError", "most"),
+    "empty": ("empty", "empty answer", "usage"),
+    "slow": ("slow", "ReadTimeout", "most"),
+    "close": ("close", "ConnectionError", "most"),
+    "broken": ("broken", "ChunkedEncodingError", "most"),
+    "redirect": ((307, {"Location": "http://127.0.0.1:9/"}, ""), "HTTP 307", "nothing"),
+    "bad request": ((400, {}, "too\n long"), "HTTP 400: too long", "nothing"),
+    "busy": ((429, {}, "wait"), "HTTP 429", "nothing"), "fault": ((500, {}, "oops"), "HTTP 500: oops", "nothing"),
+}
 
 
-def test_settings_and_address_decide_the_answer(serve, tmp_path):
-    """A rerun with another model, temperature or server is answered from the cache of the first."""
+@pytest.mark.parametrize("name", COSTS)
+def test_what_a_call_costs(serve, hurry, tmp_path, name):
+    """A reply that breaks, or does not say what it cost, counts for less than the server may charge, ends the run, is
+    repeated, stored as an answer, or takes its neighbours with it."""
+    fault, reason, cost = COSTS[name]
+    server = serve(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.5)
+    asked = questions(3)
+    asker = client(server, tmp_path, timeout=0.3, price=(1000.0, 2000.0), tries=1)
+    answers = asker.complete(asked)
+    assert [a.text for a in answers[::2]] == [fingerprint(p) for p in asked[::2]]
+    assert answers[1].reason.startswith(reason) and bool(reason) == bool(answers[1].reason)
+    assert server.calls == 3 and len(lines(tmp_path / "cache.jsonl")) == 3 - bool(reason)
+    costs = {"usage": 12 + 16, "most": 12 + 16 + 16, "nothing": 0}
+    assert asker.stats["cost"] == pytest.approx((2 * (12 + 16) + costs[cost]) / 1000)
+
+
+@pytest.mark.parametrize("fault", [None, "empty", "slow", "malformed", "broken"])
+def test_max_cost_is_never_passed(serve, tmp_path, fault):
+    """Calls in flight, tokens that the estimate does not see, or answers that came to nothing push a run past its
+    limit; or the run stops far below it."""
+    server = serve(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
+    asker = client(server, tmp_path, price=(1000.0, 2000.0), max_cost=6.0, at_once=8, timeout=0.3)
+    answers = asker.complete(questions(300, words=2))
+    time.sleep(0.7 if fault == "slow" else 0)
+    spent = sum(1e-3 * p + 2e-3 * c for p, c in (usage_of(p).values() for p in server.payloads))
+    done = [a for a in answers if a.text is not None]
+    assert spent <= asker.stats["cost"] + 1e-9 <= 6.0 + 2e-9
+    assert asker.stats["cost"] == pytest.approx(spent) or fault not in (None, "empty")
+    assert len(done) >= (75 if fault is None else 25) and len(done) == len(lines(tmp_path / "cache.jsonl"))
+    refused = [a for a in answers if a.reason.startswith("not sent: --max-cost")]
+    assert len(refused) == 300 - server.calls
+
+
+def test_what_decides_the_answer_is_sent_once(serve, tmp_path):
+    """A question that is in the file twice is paid twice, or its second copy gets no answer; or a rerun with another
+    model, temperature or server is answered from the cache of the first."""
     server, other = serve(), serve()
     for s, changed in ((server, {}), (server, {"model": "n"}), (server, {"temperature": 0.6}), (other, {})):
-        before = s.calls
-        client(s, tmp_path).complete([{**questions(1)[0], **changed}])
-        assert s.calls == before + 1
-    assert server.paths == {"/v1/chat/completions"}
+        before, asked = s.calls, [{**p, **changed} for p in questions(5)]
+        answers = client(s, tmp_path).complete(asked + asked[::-1])
+        assert s.calls == before + 5 and [a.text for a in answers] == [fingerprint(p) for p in asked + asked[::-1]]
 
 
-def test_torn_cache_line(serve, tmp_path):
-    """A line torn by a crash breaks the next run, or glues the next answer to itself so that both are lost."""
-    server, asked = serve(), questions(4)
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_torn_cache_line(serve, tmp_path, end):
+    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it; a cache whose lines
+    end with a line break, as earlier ones did, is not read."""
+    server, asked, path = serve(), questions(4), tmp_path / "cache.jsonl"
     client(server, tmp_path).complete(asked[:2])
-    path = tmp_path / "cache.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9])                                            # the second answer's line is cut short
+    path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{" + end.encode())
     client(server, tmp_path).complete(asked[:3])
-    assert server.calls == 4                                                # 0 and 1; then 1 again, and 2
     client(server, tmp_path).complete(asked)
-    assert server.calls == 5
-    assert path.read_bytes().startswith(whole[:-9] + b"\n{") and path.read_bytes().endswith(b"}\n")
-    path.write_bytes(path.read_bytes() + '{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n")
+    assert server.calls == 4
+    path.write_bytes(path.read_bytes()[:-9])                                # the last answer's line is cut short
+    client(server, tmp_path).complete(asked)
     client(server, tmp_path).complete(asked)
     assert server.calls == 5
 
@@ -250,121 +283,83 @@ def test_odd_characters_survive_the_cache(serve, tmp_path, text):
 
 @pytest.mark.parametrize("status, body", [(401, "bad key"), (403, "not you"), (404, "no such model"),
                                           (429, '{"error": {"code": "insufficient_quota"}}')])
-def test_what_no_call_can_escape_ends_the_run(serve, tmp_path, status, body):
+def test_what_no_call_can_escape_ends_the_run(serve, hurry, tmp_path, status, body):
     """A wrong key or an empty account is retried for hours, or takes the answers with it that were paid for."""
     server = serve(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
-    asker, began = client(server, tmp_path, at_once=4), time.monotonic()
-    with pytest.raises(InputError, match=f"HTTP {status}: .*20 answers of this run are kept") as error:
-        asker.complete(questions(300))
-    assert body[:8] in str(error.value) and "\n" not in str(error.value)
-    assert server.calls <= 20 + 4 and time.monotonic() - began < 8
+    began = time.monotonic()
+    with pytest.raises(InputError, match=f"HTTP {status}: .*kept in .*cache.jsonl") as error:
+        client(server, tmp_path, at_once=4).complete(questions(300))
+    assert ("insufficient_quota" if status == 429 else body) in str(error.value) and "\n" not in str(error.value)
+    assert server.calls <= 20 + 4 * 4 and time.monotonic() - began < 8
     assert len(lines(tmp_path / "cache.jsonl")) == 20
 
 
-@pytest.mark.parametrize("status, body", [(400, "content policy"), (413, "too long\n\n for  us")])
-def test_a_bad_example_fails_alone(serve, tmp_path, status, body):
-    """A request that the server cannot take is sent again and again, or stops all others."""
-    server = serve(fault=lambda n, payload: (status, {}, body) if "n 7?" in payload["messages"][0]["content"] else None)
-    found = client(server, tmp_path).complete(questions(20))
-    assert [i for i, a in enumerate(found) if a.text is None] == [7] and server.calls == 20
-    assert found[7].reason == f"HTTP {status}: {' '.join(body.split())}"
+def test_an_address_that_nobody_answers(serve, hurry, tmp_path):
+    """A mistyped address fails every record after minutes of retries, or a server that is gone for a while ends the
+    run and charges what was never sent."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+    with pytest.raises(InputError, match="ConnectionError"):
+        client(nowhere, tmp_path, tries=2).complete(questions(40))
+    server, asked = serve(), questions(3)
+    asker = client(server, tmp_path, tries=2, price=(1e3, 1e3))
+    asker.complete(asked[:1])
+    before = asker.stats["cost"]
+    server.shutdown()
+    server.server_close()
+    asker.session.close()                                                   # no connection is left open
+    assert [a.text is None and "Connection" in a.reason for a in asker.complete(asked)] == [False, True, True]
+    assert asker.stats["cost"] == pytest.approx(before)
+    with pytest.raises(InputError, match="http://"):
+        client("localhost:8000/v1", tmp_path)
 
 
-def test_retry_after_vectors():
-    """A date, a negative or an absurd Retry-After ends the run or stops it for a year."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    date = lambda seconds: email.utils.format_datetime(now + datetime.timedelta(seconds=seconds), usegmt=True)
-    for value, seconds in ((None, 0), ("0", 0), ("2", 2), ("0.25", 0.25), (" 3 ", 3), ("-5", 0), ("nan", 0), ("x", 0),
-                           ("", 0), ("86400", 600), (date(86400), 600), (date(-60), 0), ("Mon, 45 Foo 2020", 0)):
-        assert retry_after(value) == seconds, value
-    assert 26 < retry_after(date(30)) <= 30
-    assert retry_after("inf") in (0, 600) and retry_after("9" * 400) in (0, 600)
-
-
-@pytest.mark.parametrize("form", ["number", "date"])
-def test_retry_after_is_a_minimum(serve, hurry, tmp_path, form):
+@pytest.mark.parametrize("header", ["number", "date"])
+def test_retry_after_is_a_minimum(serve, hurry, tmp_path, header):
     """The client comes back sooner than the server asked it to, and is banned."""
     times = []
 
     def fault(number, payload):
-        times.append(time.time())
         if number == 0:
-            then = datetime.datetime.fromtimestamp(math.ceil(time.time() + 0.3), datetime.timezone.utc)
-            asked = {"number": "0.6", "date": email.utils.format_datetime(then, usegmt=True)}[form]
-            times.append(time.time() + 0.6 if form == "number" else then.timestamp())
-            return 429, {"Retry-After": asked}, "later"
+            now = time.time()
+            times.append(now + 1 if header == "number" else math.ceil(now + 0.2))
+            date = datetime.datetime.fromtimestamp(times[0], datetime.timezone.utc)
+            after = "1" if header == "number" else email.utils.format_datetime(date, usegmt=True)
+            return 429, {"Retry-After": after}, ""
+        times.append(time.time())
     answer, = client(serve(fault=fault), tmp_path).complete(questions(1))
-    _, allowed, second = times
+    allowed, second = times
     assert answer.text and allowed - 0.01 <= second < allowed + 3
+    assert simulate.APIRetry().parse_retry_after("86400") == 600            # but no year
 
 
-def test_no_pause_after_the_last_try(serve, tmp_path):
-    """A call that has been given up makes the run wait as long as its server asked for."""
-    server, began = serve(fault=lambda number, payload: (429, {"Retry-After": "60"}, "later")), time.monotonic()
-    answer, = client(server, tmp_path, tries=1).complete(questions(1))
-    assert answer.text is None and "HTTP 429" in answer.reason and time.monotonic() - began < 10
+def test_pauses_grow_and_end(serve, tmp_path, monkeypatch):
+    """A busy server is asked again without a pause, or a call that was given up waits once more."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds))
+    server = serve(fault=lambda number, payload: (503, {"Retry-After": "60"} if number == 0 else {}, "later"))
+    answer, = client(server, tmp_path, tries=6).complete(questions(1))
+    assert answer.reason == "HTTP 503: later" and server.calls == 6
+    pauses = [p for p in pauses if p]                                       # without the server's own
+    assert pauses[0] == 60 and len(pauses) == 5 and pauses == sorted(pauses[:1]) + sorted(pauses[1:])
+    assert all(b <= p <= b + 0.5 for b, p in zip((1, 2, 4, 8), pauses[1:]))
 
 
 def test_a_worker_stores_its_answer_before_it_asks_again(serve, tmp_path, monkeypatch):
-    """Paid answers pile up unsaved behind a slow terminal, and a crash loses more than the calls under way."""
-    class Slow:
-        def __init__(self, **kw): pass
-        def __enter__(self): return self
-        def __exit__(self, *error): pass
-        def update(self, count=1): time.sleep(0.02)
-    monkeypatch.setattr(simulate, "tqdm", Slow)
+    """Paid answers pile up unsaved behind a slow terminal, and a crash loses more than the calls in flight."""
+    def slow_terminal(items, *args, **kw):
+        for item in items:
+            time.sleep(0.02)
+            yield item
+    monkeypatch.setattr(simulate, "tqdm", slow_terminal)
     unsaved = []
 
     def fault(number, payload):
         path = tmp_path / "cache.jsonl"
-        saved = path.read_bytes().count(b"\n") if path.exists() else 0
-        unsaved.append(number - saved)
+        unsaved.append(number - (len(lines(path)) if path.exists() else 0))
     client(serve(fault=fault), tmp_path, at_once=4).complete(questions(60))
     assert max(unsaved) <= 4
-
-
-PRICE = (1000.0, 2000.0)                                                    # a tenth of a cent for a token: sums show
-
-
-@pytest.mark.parametrize("fault", [None, "empty", "slow", "malformed"])
-def test_max_cost_is_never_passed(serve, hurry, tmp_path, fault):
-    """Calls under way, tokens that the estimate does not see, or answers that came to nothing push a run past its
-    limit."""
-    server = serve(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
-    asker = client(server, tmp_path, price=PRICE, max_cost=6.0, at_once=16, timeout=0.3)
-    found = asker.complete(questions(300, words=2))
-    time.sleep(0.7 if fault == "slow" else 0)
-    spent = sum(p["max_tokens"] * 2e-3 + sum(len(m["content"]) for m in p["messages"]) * 1e-3 for p in server.payloads)
-    assert spent <= 6.0 + 1e-9
-    done = [a for a in found if a.text is not None]
-    assert len(done) >= (80 if fault is None else 25) and len(done) == len(lines(tmp_path / "cache.jsonl"))
-    assert all(a.reason.startswith("not sent: --max-cost") for a in found if a.text is None)
-    assert sum(asker.stats["unanswered"].values()) == 300 - len(done)
-    assert asker.stats["cost"] == pytest.approx(spent, rel=0.01) if fault in (None, "empty") else spent <= 6.0
-
-
-def test_max_cost_below_a_round_of_calls(serve, tmp_path):
-    """What the calls under way could cost at most takes up the whole limit, and all other examples are turned away
-    although there is money for them."""
-    server = serve(seconds=0.01)
-    asked = [{**p, "max_tokens": 8} for p in questions(100)]
-    most = 100 * (12 * 1e-3 + 16e-3)                                        # what all of them really cost
-    found = client(server, tmp_path, price=PRICE, max_cost=most + 0.2, at_once=64).complete(asked)
-    assert sum(a.text is not None for a in found) == 100
-
-
-def test_max_cost_needs_a_price(serve, tmp_path):
-    """A limit is given that nothing can hold to, because the price is not known."""
-    with pytest.raises(InputError, match="--price"):
-        client(serve(), tmp_path, max_cost=1.0)
-    path = write(tmp_path / "a.jsonl", [{"instruction": "i", "output": "o"}])
-    argv = ["judge", "--by", "api", "--api", serve().url, "--api-model", "unknown", "--data", path, "--max-cost", "1",
-            "--out", str(tmp_path / "b.jsonl")]
-    with pytest.raises(InputError, match="--price"):
-        simulate.main(argv)
-    assert simulate.main([*argv, "--price", "1", "2"]) == 0
-    for name in simulate.PRICES:
-        client(serve(), tmp_path, price=simulate.PRICES[name][:2], max_cost=1.0)
 
 
 DRIVER = """
@@ -382,11 +377,13 @@ for key, argv in json.load(open(sys.argv[1])):
 
 
 def test_the_key_is_nowhere(serve, tmp_path):
-    """The key stands in an error message, a list of failures or the cache, because the server repeats it; or a netrc
-    file or a line break at its end replaces it, and a traceback shows it."""
+    """The key stands in an error message, a list of failures or the cache, because the server repeats it, or is sent
+    where the server redirects to; or a netrc file or a line break at its end replaces it, and a traceback shows it."""
     echo = "x" * 242 + " you sent AUTHORIZATION, AUTHORIZATION"             # cut at 300: in the middle of the second
-    servers = [serve(fault=lambda n, p, status=status: (status, {}, echo)) for status in (401, 400, 500, 403, 429)]
-    servers.append(serve())
+    elsewhere = serve()
+    faults = [(status, {}, echo) for status in (401, 400, 500, 403, 429)] + [
+        (307, {"Location": elsewhere.url + "/chat/completions"}, echo), (200, {}, reply(echo)), (200, {}, echo), None]
+    servers = [serve(fault=lambda n, p, fault=fault: fault) for fault in faults]
     home = tmp_path / "home"
     home.mkdir()
     (home / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
@@ -400,11 +397,11 @@ def test_the_key_is_nowhere(serve, tmp_path):
     ran = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path / "runs.json")], capture_output=True, cwd=ROOT,
                          env={**os.environ, "HOME": str(home)}, timeout=120)
     files = [p for p in out.rglob("*") if p.is_file()]
-    assert len(files) >= 8
+    assert len(files) >= 14
     for text in [ran.stdout, ran.stderr, *(p.read_bytes() for p in files)]:
         assert SECRET[:8].encode() not in text and b"else" not in text
     assert ran.stderr.count(b"HTTP 401") == ran.stderr.count(b"HTTP 403") == 2 and b"Traceback" not in ran.stderr
-    assert [s.authorizations for s in servers] == [{f"Bearer {SECRET}"}] * 6
+    assert [s.authorizations for s in servers] == [{f"Bearer {SECRET}"}] * 9 and elsewhere.calls == 0
 
 
 def test_without_a_key_none_is_sent(serve, tmp_path, monkeypatch):
@@ -418,10 +415,11 @@ def test_without_a_key_none_is_sent(serve, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["sk two words", "sk-\u201cquoted\u201d"])
-def test_a_key_that_cannot_be_sent(serve, tmp_path, key):
+def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
     """A key pasted with quotation marks ends in a traceback that shows it, or in hours of retries."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(InputError, match="key") as error:
-        client(serve(), tmp_path, key=key)
+        client("http://127.0.0.1:9/v1", tmp_path)
     assert key not in str(error.value) and key[3:9] not in str(error.value)
 
 
@@ -455,15 +453,6 @@ def test_killed_ten_times(serve, tmp_path):
     assert len(server.answered) == count
     assert sum(server.answered.values()) <= count + killed * at_once
     assert all(times <= 1 + under_way[k] for k, times in server.answered.items())
-    stored = [e["key"] for e in map(read_line, (tmp_path / "killed.jsonl.cache.jsonl").read_text().split("\n")) if e]
-    assert len(stored) == len(set(stored)) == count
-
-
-def read_line(line):
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def serve_alone(pipe):
@@ -479,14 +468,11 @@ def test_throughput(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=serve_alone, args=(there,), daemon=True)
     process.start()
     try:
-        asker = Client(here.recv(), Cache(tmp_path / "cache.jsonl"))
+        asker = client(here.recv(), tmp_path)
         asker.complete(questions(33)[32:])                                  # a first call, so that both are awake
-        began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        found = asker.complete(questions(1920))
-        seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - used
-        assert all(a.text for a in found)
-        print(f"{1919 / seconds:.0f} calls/s, {1e3 * used / 1919:.2f} ms of user time a call")
-        assert 1919 / seconds >= 0.85 * 320
+        began = time.monotonic()
+        assert all(a.text for a in asker.complete(questions(1920)))
+        assert 1919 / (time.monotonic() - began) >= 0.85 * 320
     finally:
         here.send("end")
         process.join(10)
@@ -496,7 +482,7 @@ def test_throughput(tmp_path):
 # The verbs
 
 
-def run(verb, server, records, out, *more, **files):
+def run(verb, server, records, out, *more):
     """Runs a verb on records; returns (its output, failures, stats)."""
     path = write(f"{out}.in.jsonl", records)
     assert simulate.main([verb, "--api", server.url, "--api-model", "m", "--data", path, "--out", str(out),
@@ -507,53 +493,59 @@ def run(verb, server, records, out, *more, **files):
 
 INSTRUCTIONS = [{"id": f"x{i}", "instruction": f"Say {i}.", "input": "" if i % 2 else f"input {i}", "more": i}
                 for i in range(20)]
+OUTPUTS = [{**r, "output": f"answer {i} {{output}} {{judgment}}"} for i, r in enumerate(INSTRUCTIONS)]
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_sampling_through_an_api(serve, tmp_path, n):
-    """Several samples of an instruction are one call and so one text, or unknown keys are lost on the way."""
-    server = serve()
+    """Several samples of an instruction are one call and so one text, unknown keys are lost on the way, or a record
+    with two of its three samples passes as whole."""
+    server = serve(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
+                   and p["seed"] == n - 1 else None)
     done, failed, stats = run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", n)
-    assert server.calls == 20 * n == stats["calls"] and not failed and stats["records"] == 20 and stats["failed"] == 0
-    assert [{k: v for k, v in r.items() if k not in ("output", "generator")} for r in done] == INSTRUCTIONS
-    assert {r["generator"] for r in done} == {"m"} and stats["empty"] == 0
+    assert server.calls == 20 * n == stats["calls"] and (stats["records"], stats["failed"]) == (19, 1)
+    assert stats["failed_by_reason"] == {"HTTP 400": 1}
+    assert failed == [{**INSTRUCTIONS[4], "reason": "HTTP 400: no"}]
+    assert [{k: v for k, v in r.items() if k not in ("output", "generator")} for r in done] == (
+        INSTRUCTIONS[:4] + INSTRUCTIONS[5:])
+    assert {r["generator"] for r in done} == {"m"} and len({p["seed"] for p in server.payloads}) == n
+    assert {p["temperature"] for p in server.payloads} == {0.7}
     if n == 1:
         assert [r["output"] for r in data.read_outputs(tmp_path / "out.jsonl")] == [r["output"] for r in done]
     else:
         assert all(len(set(r["output"])) == 3 for r in data.read_pairs(tmp_path / "out.jsonl"))
-        assert len({p["seed"] for p in server.payloads}) == 3
-    said = {p["messages"][-1]["content"] for p in server.payloads}
-    assert said == {simulate.whole_instruction(r) for r in INSTRUCTIONS} and "Say 2.\n\ninput 2" in said
+    shown = {p["messages"][-1]["content"] for p in server.payloads}
+    assert shown == {simulate.whole_instruction(r) for r in INSTRUCTIONS} and "Say 2.\n\ninput 2" in shown
     run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", n)
-    assert server.calls == 20 * n
+    assert server.calls == 20 * n + 1
 
 
-def test_one_failed_sample_fails_its_record(serve, tmp_path):
-    """A record with two of its three samples passes as whole, or its failure counts as an empty answer."""
-    server = serve(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
-                   and p["seed"] == 1 else None)
-    done, failed, stats = run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", 3)
-    assert [r["id"] for r in failed] == ["x4"] and len(done) == 19 and failed[0]["reason"] == "HTTP 400: no"
-    assert stats["failed"] == 1 and stats["failed_by_reason"] == {"HTTP 400": 1} and stats["empty"] == 0
-
-
-OUTPUTS = [{**r, "output": f"answer {i} {{output}} {{judgment}}"} for i, r in enumerate(INSTRUCTIONS)]
+@pytest.mark.parametrize("argv, temperature", [
+    (["sample", "--prompt", "x"], 0.7), (["--prompt", "x"], 0.7), (["refine", "--data", "x", "--out", "y"], 0.7),
+    (["sample", "--data", "x", "--out", "y", "--best-of", "4", "--reward", "z"], 1),
+    (["judge", "--by", "model", "--data", "x", "--out", "y"], 0), (["--prompt", "x", "--temperature", "0"], 0)])
+def test_default_temperatures(argv, temperature):
+    """The judge's temperature of 0 is everyone's: sampling is greedy, and best-of-n chooses among n equal texts."""
+    assert parse([*argv, "--model", "m"]).temperature == temperature
 
 
 def test_judging_through_an_api(serve, tmp_path):
-    """Praise in a whole sentence becomes criticism, or criticism that mentions perfection becomes praise."""
+    """Praise in a whole sentence becomes criticism, criticism that mentions perfection becomes praise, or a truncated
+    judgment passes as whole."""
     replies = {0: "Perfect.", 1: "The response is perfect", 2: ' "Perfect!" ', 3: "perfect", 4: "It is perfect.",
                5: "Perfect spelling, but 7 is wrong.", 6: "The response is perfect, except for 6.", 7: "Not perfect."}
     number = lambda p: int(re.search(r"Say (\d+)", p["messages"][-1]["content"])[1])
+    cut = json.dumps({"choices": [{"message": {"content": "It is per"}, "finish_reason": "length"}]})
+    faults = {9: (400, {}, "no"), 10: (200, {}, cut)}
     server = serve(answer=lambda p: replies.get(number(p), f" {number(p)} is wrong.\n"),
-                   fault=lambda _, p: (400, {}, "no") if number(p) == 9 else None)
+                   fault=lambda _, p: faults.get(number(p)))
     done, failed, stats = run("judge", server, OUTPUTS, tmp_path / "out.jsonl", "--by", "api")
     judged = data.read_judged(tmp_path / "out.jsonl")
     assert [r["judgment"] for r in judged[:9]] == [None] * 5 + [replies[5], replies[6], replies[7], "8 is wrong."]
-    assert [r["id"] for r in failed] == ["x9"] and len(done) == 19
-    assert (stats["perfect"], stats["criticized"], stats["failed"]) == (5, 14, 1)
+    assert [r["id"] for r in failed] == ["x9", "x10"] and failed[1]["reason"].startswith("truncated")
+    assert (len(done), stats["perfect"], stats["criticized"], stats["failed"]) == (18, 5, 13, 2)
     p = next(p for p in server.payloads if number(p) == 2)
-    assert [m["role"] for m in p["messages"]] == ["system", "user"]
+    assert [m["role"] for m in p["messages"]] == ["system", "user"] and p["temperature"] == 0
     for text in ("Say 2.\n\ninput 2\n", "answer 2 {output} {judgment}\n"):
         assert text in p["messages"][1]["content"]
 
@@ -564,13 +556,12 @@ def test_refining(serve, tmp_path):
     server = serve(answer=lambda p: f" new {fingerprint(p)}\n",
                    fault=lambda _, p: (400, {}, "no") if "fault 5" in p["messages"][0]["content"] else None)
     done, failed, stats = run("refine", server, judged, tmp_path / "out.jsonl")
-    assert server.calls == 15 and len(done) == 14 and [r["id"] for r in failed] == ["x5"]
+    assert server.calls == 15 and len(done) == 14 == stats["records"] and [r["id"] for r in failed] == ["x5"]
     before = {r["id"]: r for r in judged}
     for r in data.read_judged(tmp_path / "out.jsonl"):
         old = before[r["id"]]
         assert (r["rejected"], r["was_judged"], r["judgment"]) == (old["output"], old["judgment"], None)
         assert r["output"].startswith("new ") and r["output"] == r["output"].strip() and r["more"] == old["more"]
-    assert stats["records"] == 14 and stats["failed"] == 1
 
 
 SHOWN = re.compile(r"Pair \d+\nInstruction:\n(.*?)\n\nOutput \(a\):\n(.*?)\n\nOutput \(b\):\n(.*?)\n(?=\nPair|\Z)",
@@ -585,17 +576,16 @@ def pairs_shown(payload):
 
 
 def compare(payload):
-    """What an annotator says who likes outputs with "good" in them; it garbles prompts that have a pair "odd"."""
+    """The reply of an annotator who likes outputs with "good" in them; it garbles prompts that have a pair "odd"."""
     system, pairs = payload["messages"][0]["content"], pairs_shown(payload)
-    json_style = "a_is_better" in system
-    said = []
+    labels = []
     for _, a, b in pairs:
         first = "good" in a or a == "2"
-        said.append(json.dumps({"reason": "note: false alarm", "a_is_better": first}) if json_style
-                    else f"Output ({'a' if first else 'b'})")
+        labels.append(json.dumps({"reason": "note: false alarm", "a_is_better": first}) if "a_is_better" in system
+                      else f"Output ({'a' if first else 'b'})")
     if any("odd" in instruction for instruction, _, _ in pairs):
-        said = said[:-1] if random.Random(fingerprint(payload)).random() < 0.5 else said + said[:1]
-    return "\n".join(said)
+        labels = labels[:-1] if random.Random(fingerprint(payload)).random() < 0.5 else labels + labels[:1]
+    return "\n".join(labels)
 
 
 def make_pairs(count, odd=()):
@@ -605,56 +595,52 @@ def make_pairs(count, odd=()):
 
 
 def test_preferences_of_the_pool(serve, tmp_path):
-    """The order shown is not undone, coins are paid for, or a reply with too few labels shifts them to other pairs."""
+    """The order shown is not undone, random labels are paid for, or a reply with too few labels shifts them to other
+    pairs."""
     pairs = make_pairs(400, odd=(50, 150, 250))
     pairs[10]["output_2"] = pairs[10]["output_1"]
     server = serve(answer=compare)
-    done, failed, stats = run("prefer", server, pairs + pairs[:30], tmp_path / "out.jsonl", "--by", "api", "--noise",
-                              0.25)
-    seen = [instruction for p in server.payloads for instruction, _, _ in pairs_shown(p)]
-    seen = [s for s in seen if s != simulate.DUMMY["instruction"]]
-    coins = [r for r in done if r["annotator"] == "noise"]
+    out = tmp_path / "out.jsonl"
+    done, failed, stats = run("prefer", server, pairs + pairs[:30], out, "--by", "api", "--noise", 0.25)
+    dummy = simulate.DUMMY["instruction"]
+    shown = [instruction for p in server.payloads for instruction, _, _ in pairs_shown(p) if instruction != dummy]
+    noise = [r for r in done if r["annotator"] == "noise"]
     asked = [r for r in done if r["annotator"] not in ("noise", "equal texts")]
-    assert len(seen) == len(set(seen)) == len(asked) + len(failed)
-    assert not {r["instruction"] for r in coins} & set(seen) and 150 < len(coins) == stats["coins"] < 250
+    assert len(shown) == len(set(shown)) == len(asked) + len(failed)
+    assert not {r["instruction"] for r in noise} & set(shown) and 150 < len(noise) == stats["random_labels"] < 250
     assert all((r["preference"] == 1) == ("good" in r["output_1"]) for r in asked)
     assert {r["switched"] for r in asked} == {True, False}
-    assert {r["annotator"] for r in asked} | {r["annotator"] for r in failed} == {a.name for a in ANNOTATORS}
+    assert {r["annotator"] for r in asked + failed} == {a.name for a in ANNOTATORS}
     assert [r["more"] for r in done if r["annotator"] == "equal texts"] == [10] and stats["ties"] == 1
     assert sorted(r["more"] for r in done + failed) == list(range(400))
     assert [r["more"] for r in done] == sorted(r["more"] for r in done)
-    prompts = [{s for s, _, _ in pairs_shown(p)} for p in server.payloads]
-    garbled = {s for instructions in prompts if any("odd" in x for x in instructions) for s in instructions}
-    assert {r["instruction"] for r in failed} == garbled - {simulate.DUMMY["instruction"]} and failed
+    prompts = [{instruction for instruction, _, _ in pairs_shown(p)} for p in server.payloads]
+    garbled = set().union(*(p for p in prompts if any("odd" in instruction for instruction in p)))
+    assert {r["instruction"] for r in failed} == garbled - {dummy} and failed
     assert all(r["reason"].startswith("not understood") and "preference" not in r for r in failed)
     assert stats["parse_rate"] == pytest.approx(len(asked) / (len(asked) + len(failed)))
-    assert len(data.read_preferences(tmp_path / "out.jsonl")) == len(done) - 1
+    assert len(data.read_preferences(out)) == len(done) - 1
     calls = server.calls
-    assert run("prefer", server, pairs, tmp_path / "again.jsonl", "--by", "api", "--noise", 0.25, "--cache",
-               tmp_path / "out.jsonl.cache.jsonl")[0] == done and server.calls == calls
+    again = run("prefer", server, pairs, tmp_path / "again.jsonl", "--by", "api", "--noise", 0.25, "--cache",
+                f"{out}.cache.jsonl")
+    assert again[0] == done and server.calls == calls
 
 
-def test_parse_rate_counts_answers_only(serve, tmp_path):
-    """Calls that failed, ties and doubled records count as replies that were understood."""
+def test_preferences_of_one_judge(serve, tmp_path):
+    """--single asks the pool, or several pairs at once; or calls that failed, ties and duplicates count as replies
+    that were understood."""
     server = serve(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
                    fault=lambda n, p: (400, {}, "no") if "Ask 1" in p["messages"][1]["content"] else None)
     pairs = make_pairs(20, odd=(3, 4))
     pairs[5]["output_1"] = pairs[5]["output_2"]
     done, failed, stats = run("prefer", server, pairs * 2, tmp_path / "out.jsonl", "--by", "api", "--single")
+    assert server.calls == 19 and {r["annotator"] for r in done} == {SINGLE[0].name, "equal texts"}
     assert stats["failed_by_reason"] == {"HTTP 400": 11, "not understood": 2} and len(done) == 7
     assert stats["parse_rate"] == pytest.approx(6 / 8)
 
 
-def test_preferences_of_one_judge(serve, tmp_path):
-    """--single asks the pool, or several pairs at once."""
-    server = serve(answer=compare)
-    done, failed, stats = run("prefer", server, make_pairs(30), tmp_path / "out.jsonl", "--by", "api", "--single")
-    assert server.calls == 30 == len(done) and {r["annotator"] for r in done} == {SINGLE[0].name}
-    assert all((r["preference"] == 1) == ("good" in r["output_1"]) for r in done) and stats["parse_rate"] == 1
-
-
 def test_each_slot_asks_its_model(serve, tmp_path):
-    """--models is not heeded, a misspelt slot runs on another model, or the price is another model's."""
+    """--models is not heeded, or a misspelt slot runs on another model."""
     server, names = serve(answer=compare), ("strong=S", "medium=M", "basic=B")
     run("prefer", server, make_pairs(100), tmp_path / "out.jsonl", "--by", "api", "--models", *names)
     terse = {p["model"] for p in server.payloads if simulate.TERSE in p["messages"][0]["content"]}
@@ -663,22 +649,16 @@ def test_each_slot_asks_its_model(serve, tmp_path):
     for wrong in ("stong=S", "gpt-4"):
         with pytest.raises(InputError, match="--models"):
             run("prefer", server, make_pairs(10), tmp_path / "b.jsonl", "--by", "api", "--models", wrong)
-    cheap, dear = (run("prefer", server, make_pairs(40), tmp_path / f"{m}.jsonl", "--by", "api", "--models",
-                       f"strong={m}", f"medium={m}", f"basic={m}")[2]["cost"] for m in ("gpt-4o-mini", "gpt-4"))
-    assert dear > 50 * cheap > 0
-    with pytest.raises(InputError, match="--price"):                        # one model of the three has no known price
-        run("prefer", server, make_pairs(10), tmp_path / "b.jsonl", "--by", "api", "--api-model", "gpt-4", "--models",
-            "basic=B", "--max-cost", 1)
 
 
 def test_win_rate_against_a_baseline(serve, tmp_path):
     """The win rate is the baseline's, counts instructions that only one of the files has, or is not written."""
     base = write(tmp_path / "base.jsonl", [{"instruction": f"Ask {i}", "output": "good" if i < 10 else "poor"}
                                            for i in range(50)])
-    mine = [{"instruction": f"Ask {i}", "output": "poor x" if i < 10 else "good x"} for i in range(45)] + [
+    records = [{"instruction": f"Ask {i}", "output": "poor x" if i < 10 else "good x"} for i in range(45)] + [
         {"instruction": "elsewhere", "output": "good"}]
-    done, failed, stats = run("prefer", serve(answer=compare), mine, tmp_path / "out.jsonl", "--by", "api", "--single",
-                              "--against", base)
+    done, failed, stats = run("prefer", serve(answer=compare), records, tmp_path / "out.jsonl", "--by", "api",
+                              "--single", "--against", base)
     assert len(done) == 45 and stats["win_rate"] == pytest.approx(35 / 45)
     assert stats["win_rate_se"] == pytest.approx(math.sqrt(35 / 45 * 10 / 45 / 44))
     assert all(r["output_1"] in ("good", "poor") for r in done)
@@ -693,23 +673,32 @@ def test_dry_run(serve, tmp_path, capsys, verb, records, more):
     """--dry-run sends something, writes something, or announces other numbers than the run then has."""
     server = serve(answer=compare if verb == "prefer" else fingerprint)
     path = write(tmp_path / "in.jsonl", records)
-    argv = [verb, "--api", server.url, "--api-model", "gpt-4o", "--data", path, "--out", str(tmp_path / "out.jsonl"),
+    argv = [verb, "--api", server.url, "--api-model", "m", "--data", path, "--out", str(tmp_path / "out.jsonl"),
             *map(str, more)]
-    assert simulate.main([*argv, "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    assert simulate.main([*argv, "--dry-run", "--price", "2500", "10000"]) == 0
+    printed = capsys.readouterr().out
     assert server.calls == 0 and {p.name for p in tmp_path.iterdir()} == {"in.jsonl"}
-    calls, prompt, completion = (int(re.search(rf"(\d+) {what}", said)[1]) for what in (
+    calls, prompt, completion = (int(re.search(rf"(\d+) {what}", printed)[1]) for what in (
         "calls to send", "prompt tokens", "completion tokens"))
-    cost = float(re.search(r"at most \$([\d.]+),", said)[1])
     simulate.main(argv)
     assert calls == server.calls and completion == sum(p["max_tokens"] for p in server.payloads)
-    assert prompt == sum(len(m["content"]) // 4 + 5 for p in server.payloads for m in p["messages"])
-    assert cost == pytest.approx((2.5 * prompt + 10 * completion) / 1e6, abs=0.005)
+    messages = [m for p in server.payloads for m in p["messages"]]
+    assert prompt == sum(len(m["content"]) + 16 for m in messages) // 4
+    assert float(re.search(r"at most \$([\d.]+)", printed)[1]) == pytest.approx(
+        (2.5 * prompt + 10 * completion) / 1e3, abs=0.01)
     capsys.readouterr()
     simulate.main([*argv, "--dry-run"])
-    assert " 0 calls to send" in capsys.readouterr().out
-    simulate.main([*argv, "--dry-run", "--api-model", "unknown"])
-    assert "cost unknown" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"0 calls to send, {calls} answers in the cache" in printed and "--price" in printed
+
+
+def test_max_cost_needs_a_price():
+    """A limit is given that nothing can hold to, because the price is not known."""
+    argv = ["judge", "--by", "api", "--api", "http://a", "--api-model", "m", "--data", "a", "--out", "b",
+            "--max-cost", "1"]
+    with pytest.raises(InputError, match="--price"):
+        parse(argv)
+    assert parse([*argv, "--price", "1", "2"]).price == [1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -719,24 +708,13 @@ def test_dry_run(serve, tmp_path, capsys, verb, records, more):
 def test_labels_in_replies():
     """A label inside a sentence or a reason counts, a line with a leading space does not, or stripping moves one."""
     text = "Output (b)\nOutput (a)\n Output (a)\nI like Output (b)\nOutput (b)"
-    assert find_labels(text, *STYLES["list"][1:3]) == [2, 1, 1, 2]
-    assert find_labels(text, r"(?m)^Output \(a\)", r"(?m)^Output \(b\)") == [2, 1, 2]
-    said = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
-    assert find_labels(said, *STYLES["json"][1:3]) == [2, 1]
-    line_break = (r"\n\(a\)", r"\n\(b\)")
-    assert find_labels("\n(b)\n is good.\n(a)", *line_break) == [2, 1]
-    assert find_labels("\n(b)\n is good.\n(a)".strip(), *line_break) == [1]
-    assert find_labels("", *STYLES["word"][1:3]) == find_labels("neither", *STYLES["word"][1:3]) == []
-
-
-def test_preference_from_log_probabilities():
-    """A preference runs the wrong way round, or an answer outside the reported tokens is taken for certainty."""
-    p = simulate.preference_from_logprobs(-15.515626, -6.704e-7)
-    assert p == pytest.approx(1.999999817, abs=1e-9) and 3 - p == pytest.approx(1.000000183, abs=1e-9)
-    assert simulate.preference_from_logprobs(-math.inf, -math.inf) is None
-    assert simulate.preference_from_logprobs(-0.1, -math.inf) == 1
-    assert simulate.preference_from_logprobs(-math.inf, -9) == 2
-    assert simulate.preference_from_logprobs(-1, -1) == 1.5 and simulate.preference_from_logprobs(-5000.0, 0) == 2
+    patterns = {name: (style.prefers_a, style.prefers_b) for name, style in STYLES.items()}
+    assert find_labels(text, *patterns["list"]) == [2, 1, 1, 2]
+    assert find_labels(text, r"^Output \(a\)", r"^Output \(b\)") == [2, 1, 2]
+    reply = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
+    assert find_labels(reply, *patterns["json"]) == [2, 1]
+    assert find_labels("\n(b)\n is good.\n(a)", r"\n\(a\)", r"\n\(b\)") == [2, 1]
+    assert find_labels("", *patterns["word"]) == find_labels("neither", *patterns["word"]) == []
 
 
 def pair(text):
@@ -744,46 +722,37 @@ def pair(text):
 
 
 def drawn(texts, noise=0.25, seed=0):
-    """(coin or None, switched or None) of each text."""
+    """(random label or None, switched or None) of each text."""
     labels, asked = simulate.draw([pair(t) for t in texts], ANNOTATORS, noise, seed)
     switched = {i: s for i, _, s, _ in asked}
     return [[label and label[0], switched.get(i)] for i, label in enumerate(labels)]
 
 
 def test_draws_of_three_instructions():
-    """Coins or orders are others than AlpacaFarm's, so that a comparison with its annotations is off."""
+    """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off."""
     texts = ["2+2=", "What is the capital of France?", "Write a haiku about alpacas."]
-    assert [coin for coin, _ in drawn(texts)] == [None, 1, 1]
+    assert [label for label, _ in drawn(texts)] == [None, 1, 1]
     assert [switched for _, switched in drawn(texts, noise=0)] == [False, False, True]
     assert drawn(texts)[0] == [None, False]
-
-
-def test_shares_of_coins():
-    """Coins fall on one side more often, or more or less often than noise says."""
-    count = collections.Counter(coin for coin, _ in drawn([f"key {i}" for i in range(20000)]))
-    for kind, share in ((None, 0.504), (1, 0.248), (2, 0.248)):
-        assert count[kind] / 20000 == pytest.approx(share, abs=0.011)
-    switched = [s for _, s in drawn([f"key {i}" for i in range(20000)], noise=0)]
-    assert sum(switched) / 20000 == pytest.approx(0.5, abs=0.011)
-    texts = [str(i) for i in range(99)]
+    texts = [f"key {i}" for i in range(99)]
     assert drawn(texts, seed=1) != drawn(texts)
+
+
+def draws():
+    """Everything that is drawn from texts."""
+    pairs = simulate.pair_up([{"instruction": str(i), "output": list("abcd")} for i in range(200)], 0)
+    sent = []
+    api = types.SimpleNamespace(complete=lambda payloads: [sent.append(p) or simulate.Answer("") for p in payloads])
+    annotate = simulate.ask_annotators(api, dict.fromkeys(("strong", "medium", "basic"), "m"), 0)
+    return json.dumps([pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent])
 
 
 def test_draws_are_equal_in_every_process():
     """hash() of a text seeds a draw: a rerun asks other annotators, and pays again."""
-    source = """if True:
-        import json, simulate
-        pairs = [dict(instruction=str(i), input="", output_1="x", output_2="y") for i in range(200)]
-        labels, asked = simulate.draw(pairs, simulate.ANNOTATORS, 0.1, 0)
-        groups, payloads = simulate.group_prompts([s for *_, s in asked], [a[1] for a in asked],
-                                                  dict.fromkeys(("strong", "medium", "basic"), "m"), 0)
-        pairs = simulate.pair_up([dict(instruction=str(i), output=list("abcd")) for i in range(99)], 0)
-        print(json.dumps([labels, asked, payloads, pairs]))"""
-    spoken = io.StringIO()
-    exec(source, {"print": lambda text: spoken.write(text)})
+    source = "import sys; sys.path[:0] = ['.', 'tests']; import test_api; print(test_api.draws())"
     ran = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True,
                          env={**os.environ, "PYTHONHASHSEED": "123"})
-    assert json.loads(ran.stdout.splitlines()[-1]) == json.loads(spoken.getvalue())
+    assert ran.stdout.splitlines()[-1] == draws()
 
 
 @pytest.fixture(scope="module")
@@ -799,14 +768,17 @@ def world_pairs():
 
 @pytest.mark.parametrize("accuracy, noise", [(1.0, 0.25), (0.8, 0.25), (0.8, 0.0)])
 def test_noise_arithmetic(world_pairs, accuracy, noise):
-    """Noise flips with another probability than it says, or hits the annotators' own mistakes unevenly."""
+    """Noise flips with another probability than it says, prefers a side, or hits the annotators' own mistakes
+    unevenly; or one order is shown more often."""
     done, failed = simulate.prefer(world_pairs, simulate.simulated_pool(accuracy), simulate.ask_simulated(0), noise, 0)
     right = sum((r["preference"] == 1) == (r["output_1"] == r["reference"]) for r in done) / len(done)
     expected = accuracy * (1 - 2 * noise) + noise
     assert len(done) == 2400 and not failed
     assert abs(right - expected) < 3 * math.sqrt(expected * (1 - expected) / len(done))
-    coins = sum(r["annotator"] == "noise" for r in done) / len(done)
-    assert abs(coins - 2 * noise) < 3 * math.sqrt(2 * noise * (1 - 2 * noise) / len(done)) + 1e-9
+    for label in (1, 2):
+        count = sum(r["annotator"] == "noise" and r["preference"] == label for r in done)
+        assert abs(count / len(done) - noise) < 3 * math.sqrt(noise * (1 - noise) / len(done)) + 1e-9
+    assert abs(sum(r["switched"] for r in done) / len(done) - (0.5 - noise)) < 3 * math.sqrt(0.25 / len(done))
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.8])
@@ -817,13 +789,13 @@ def test_biases_of_simulated_annotators(bias):
         texts = ["one two three", "one two three four five six seven eight"]
         rng.shuffle(texts)
         pairs.append({"instruction": str(i), "output_1": texts[0], "output_2": texts[1], "reference": ""})
-    share, error = 1 / (1 + math.exp(-bias)), 3 * math.sqrt(0.25 / 3000)
+    fraction, error = 1 / (1 + math.exp(-bias)), 3 * math.sqrt(0.25 / 3000)
 
     def label(**biases):
         return simulate.prefer(pairs, simulate.simulated_pool(0.5, **biases), simulate.ask_simulated(0))[0]
     longer = [(r["preference"] == 1) == (len(r["output_1"]) > len(r["output_2"])) for r in label(length=bias)]
     first = [(r["preference"] == 1) != r["switched"] for r in label(position=bias)]
-    assert abs(sum(longer) / 3000 - share) < error and abs(sum(first) / 3000 - share) < error
+    assert abs(sum(longer) / 3000 - fraction) < error and abs(sum(first) / 3000 - fraction) < error
     neither = [(r["preference"] == 1) != r["switched"] for r in label(length=bias)]
     assert abs(sum(neither) / 3000 - 0.5) < error
 
@@ -858,25 +830,17 @@ def test_texts_stay_texts_in_prompts(annotator):
             assert "{number}" not in p["messages"][0]["content"]
 
 
-@pytest.mark.parametrize("text", ["</s>", "<s>", "a </s> b", "<s></s>", "<unk>"])
-def test_special_pieces_in_texts(text):
-    """An output with </s> in it ends the sequence for a model that judges it."""
-    llama = ROOT.parent / "shared" / "data" / "llama" / "tokenizer.model"
-    for t in [data.world_tokenizer()] + ([data.Tokenizer(llama.read_bytes())] if llama.is_file() else []):
-        assert not {t.bos, t.eos} & {*t.encode_prompt(text)[1:], *t.encode_response(text)[:-1]}
-        assert t.decode_response(t.encode_response(text)) == text
-
-
 def test_the_pool():
-    """Two annotators are the same prompt, or the pool is not 5 + 4 + 4 with 6 that see several pairs."""
+    """Two annotators are the same prompt, the pool is not 5 + 4 + 4 with 6 that see several pairs, or an answer in the
+    requested format is not understood or does not fit."""
     assert collections.Counter(a.slot for a in ANNOTATORS) == {"strong": 5, "medium": 4, "basic": 4}
     assert sum(a.pairs > 1 for a in ANNOTATORS) == 6 and len({a.name for a in ANNOTATORS}) == 13
     models = {"strong": "S", "medium": "M", "basic": "B"}
     prompts = {json.dumps(simulate.annotator_prompt(a, [pair("x")] * a.pairs, models[a.slot])) for a in ANNOTATORS}
     assert len(prompts) == 13
-    for _, first, second, answer, tokens in STYLES.values():
-        assert find_labels(answer, first, second) == [2] and len(answer) / 3 < tokens
-    assert re.findall(r"\{\w+\}", PAIR) == ["{number}", "{instruction}", "{a}", "{b}"]
+    for style in STYLES.values():
+        assert find_labels(style.example, style.prefers_a, style.prefers_b) == [2]
+        assert len(style.example) / 3 < style.tokens
     assert [a.name for a in simulate.simulated_pool()] == [a.name for a in ANNOTATORS]
 
 
@@ -904,17 +868,17 @@ def sampling(model, tmp_path, out, *more):
             "--batch-size", "2", "--max-new-tokens", "6", "--temperature", "1", "--device", "cpu", *more]
 
 
-def test_sampling_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
-    """A stopped run samples everything again, or goes on with other random numbers than an undisturbed one."""
+def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch):
+    """A stopped run samples everything again, or continues with other random numbers than an undisturbed one."""
     simulate.main(sampling(model, tmp_path, "whole.jsonl"))
-    real, asked = simulate.respond, []
+    real, asked = simulate.sample_responses, []
 
-    def respond(model, tokenizer, records, *args, **kw):
+    def sample_responses(model, tokenizer, records, *args, **kw):
         if len(asked) == stop:
             raise KeyboardInterrupt
         asked.append([r["instruction"] for r in records])
         return real(model, tokenizer, records, *args, **kw)
-    monkeypatch.setattr(simulate, "respond", respond)
+    monkeypatch.setattr(simulate, "sample_responses", sample_responses)
     stop = 2                                                                # what is left is cut into other parts
     with pytest.raises(KeyboardInterrupt):
         simulate.main(sampling(model, tmp_path, "parts.jsonl"))
@@ -922,7 +886,7 @@ def test_sampling_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     stop = -1
     simulate.main(sampling(model, tmp_path, "parts.jsonl"))
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    flat = [i for part in asked for i in part]
+    flat = [instruction for part in asked for instruction in part]
     assert len(flat) == len(set(flat)) == 22 and len(asked) > 4
     monkeypatch.setattr(simulate.LLaMA, "from_pretrained", None)            # all is answered: no need to read weights
     simulate.main(sampling(model, tmp_path, "parts.jsonl"))
@@ -970,11 +934,11 @@ def test_a_real_server(model, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    log = open(tmp_path / "serve.log", "w+")
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model), "--host",
-         "127.0.0.1", "--port", str(port), "--device", "cpu"],
-        stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    with open(tmp_path / "serve.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model),
+             "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     try:
         for _ in range(240):
             with socket.socket() as s:
@@ -983,24 +947,15 @@ def test_a_real_server(model, tmp_path):
             assert process.poll() is None, (tmp_path / "serve.log").read_text()[-3000:]
             time.sleep(0.5)
         server = types.SimpleNamespace(url=f"http://127.0.0.1:{port}/v1")
-        name = ("--api-model", str(model), "--at-once", "2", "--tries", "3")
-        done, failed, stats = run("sample", server, INSTRUCTIONS[:4], tmp_path / "s.jsonl", *name, "--outputs", 2,
-                                  "--max-new-tokens", 8)
-        assert len(done) + len(failed) == 4 and done, (failed, (tmp_path / "serve.log").read_text()[-3000:])
-        assert stats["prompt_tokens"] > 0 and stats["completion_tokens"] > 0
-        done, failed, stats = run("judge", server, OUTPUTS[:4], tmp_path / "j.jsonl", *name, "--by", "api",
-                                  "--max-new-tokens", 8)
-        assert len(done) + len(failed) == 4                                 # a random model hardly ever ends in time
-        assert all(r["reason"].startswith("cut off") for r in failed)
-        done, failed, stats = run("prefer", server, make_pairs(6), tmp_path / "p.jsonl", *name, "--by", "api")
-        assert len(done) + len(failed) == 6 and all(r["reason"].startswith("not understood") for r in failed)
+        common = ("--api-model", str(model), "--at-once", "2", "--tries", "3")
+        for verb, records, more in (("sample", INSTRUCTIONS[:4], ("--outputs", 2, "--max-new-tokens", 8)),
+                                    ("judge", OUTPUTS[:4], ("--by", "api", "--max-new-tokens", 8)),
+                                    ("prefer", make_pairs(4), ("--by", "api"))):
+            done, failed, stats = run(verb, server, records, tmp_path / verb, *common, *more)
+            assert len(done) + len(failed) == 4 and stats["completion_tokens"] > 0
+            # a random model hardly ever ends in time, or says what it is asked to say
+            assert done if verb == "sample" else all(
+                r["reason"].startswith(("truncated", "not understood")) for r in failed), failed
     finally:
         process.kill()
         process.wait()
-        log.close()
-
-
-def test_the_price_table_has_alpacafarms_factors():
-    """25, 50 and 46 times cheaper than people: section 3.4's arithmetic at its own price (it says 45)."""
-    table = simulate.price_table(0.012).splitlines()
-    assert [line.split()[-2] for line in table] == ["25", "50", "46"]
