@@ -1080,7 +1080,7 @@ def parse(argv):
     p.add_argument("names", nargs="+", choices=[*DOWNLOADS, "world"], help="which data; world: instructions to try on")
     p.add_argument("--to", default="data", help="folder")
     p.add_argument("--file", help="convert this file of shepherd or critiques instead of downloading")
-    p.add_argument("--seed", type=in_range(int, 0), default=0, help="seed of the built-in world")
+    p.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the built-in world")
     return p.parse_args(argv)
 
 

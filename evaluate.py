@@ -29,7 +29,7 @@ import re
 
 import torch
 
-from data import (FORMATS, InputError, Tokenizer, World, collate, count_errors, in_range, print0, read_outputs,
+from data import (FORMATS, InputError, Tokenizer, World, collate, count_errors, positive_int, print0, read_outputs,
                   read_preferences, run_main, write_json_lines, wrong_words)
 from model import DTYPES, LLaMA, rank, read_config, setup_device
 from simulate import conditioned, mean_and_se, sample_responses, score_texts
@@ -347,10 +347,10 @@ def parse(argv):
     p.add_argument("--reward", help="score: reward model's directory")
     p.add_argument("--format", choices=FORMATS, help="score: its prompt format (default: as its config.json says)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="score: of weights and arithmetic")
-    p.add_argument("--batch-size", type=in_range(int, 1), default=64, help="score: outputs per forward pass")
+    p.add_argument("--batch-size", type=positive_int, default=64, help="score: outputs per forward pass")
     p.add_argument("--out", default="", help="score: file for the scored outputs")
     # machine
-    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
     args = p.parse_args(argv)
     if args.command == "world" and not args.model:
         raise InputError("give --model DIR, or one of the commands agreement and score")

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from data import (
     FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, InputError, Tokenizer, World, chunks, corrected, count_errors,
-    fill_template, in_range, pad, print0, prompt_ids, read_instructions, read_judged, read_outputs, read_pairs,
-    run_main, units, write_json, write_json_lines)
+    fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids,
+    read_instructions, read_judged, read_outputs, read_pairs, run_main, units, write_json, write_json_lines)
 from model import (
     DTYPES, LLaMA, RewardModel, barrier, gather_lists, generate, rank, read_config, setup_device, share)
 
@@ -865,7 +865,6 @@ COMMANDS = {"sample": sample_command, "judge": judge_command, "prefer": prefer_c
 
 def parse(argv):
     """The command line; without a verb it is `sample`."""
-    count, fraction, nonnegative = in_range(int, 1), in_range(float, 0, 1), in_range(float, 0)
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["sample", *argv]
@@ -877,8 +876,8 @@ def parse(argv):
     prefer = verbs.add_parser("prefer", help="pairs or several outputs -> preferences")
 
     sample.add_argument("--prompt", help="one instruction, answered on the terminal")
-    sample.add_argument("--outputs", type=count, default=1, help="outputs for each instruction")
-    sample.add_argument("--best-of", type=count, help="sample this many and keep the best by --reward")
+    sample.add_argument("--outputs", type=positive_int, default=1, help="outputs for each instruction")
+    sample.add_argument("--best-of", type=positive_int, help="sample this many and keep the best by --reward")
     sample.add_argument("--reward", help="directory of the reward model that says which is best")
 
     judge.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
@@ -901,28 +900,28 @@ def parse(argv):
     for p in (sample, judge, refine, prefer):
         p.add_argument("--data", help="JSON or JSONL to read")
         p.add_argument("--out", help="JSONL to write; next to it .failed.jsonl, .stats.json and .cache.jsonl")
-        p.add_argument("--seed", type=in_range(int, 0), default=0, help="of every random choice")
+        p.add_argument("--seed", type=nonnegative_int, default=0, help="of every random choice")
         p.add_argument("--cache", help="JSONL of stored answers (default: OUT.cache.jsonl)")
         p.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
         p.add_argument("--api-model", help="the model's name there")
         p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
-        p.add_argument("--at-once", type=count, default=32, help="calls in flight")
+        p.add_argument("--at-once", type=positive_int, default=32, help="calls in flight")
         p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
-        p.add_argument("--tries", type=count, default=8, help="times a call is sent before it fails")
-        p.add_argument("--price", type=nonnegative, nargs=2, metavar=("PROMPT", "COMPLETION"),
+        p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
+        p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
                        help="dollars per 1M tokens")
-        p.add_argument("--max-cost", type=nonnegative, default=math.inf, help="dollars, never exceeded")
+        p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded")
         p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
 
     for p in (sample, judge, refine):
         p.add_argument("--model", help="model directory in Hugging Face layout")
         p.add_argument("--format", choices=FORMATS, help="its prompt format (default: recorded in its config.json)")
-        p.add_argument("--temperature", type=nonnegative, default=0.0 if p is judge else None,
+        p.add_argument("--temperature", type=nonnegative_float, default=0.0 if p is judge else None,
                        help="0 is greedy (default: 0.7; 1 with --best-of; 0 for judge)")
         p.add_argument("--top-p", type=fraction, default=1.0, help="nucleus sampling: only this mass")
-        p.add_argument("--top-k", type=in_range(int, 0), default=0, help="only the k most likely tokens (0: all)")
-        p.add_argument("--max-new-tokens", type=count, default=300, help="longer answers are truncated")
-        p.add_argument("--batch-size", type=count, default=64, help="answers sampled in parallel")
+        p.add_argument("--top-k", type=nonnegative_int, default=0, help="only the k most likely tokens (0: all)")
+        p.add_argument("--max-new-tokens", type=positive_int, default=300, help="longer answers are truncated")
+        p.add_argument("--batch-size", type=positive_int, default=64, help="answers sampled in parallel")
         p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
         p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     return check_args(parser.parse_args(argv))
