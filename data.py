@@ -190,7 +190,8 @@ class Tokenizer:
         copied = set()
         if self.directory:
             home = self.directory.resolve()
-            trusted = (home, home.parent.parent / "blobs")  # where a link may lead: Hugging Face's cache is made of links
+            # A link may lead to the directory itself or to the blobs of Hugging Face's cache, not elsewhere.
+            trusted = (home, home.parent.parent / "blobs")
             for name in COMPANIONS:
                 source = (home / name).resolve()
                 if source.is_file() and source.parent in trusted:

@@ -1028,7 +1028,7 @@ def check_memory(estimate, device):
         line += f" of {free / 1e9:.1f} GB free on {device}"
     print0(line)
     if free and total > free:
-        raise InputError(f"this run takes about {total / unit:.1f} {name}, and {free / 1e9:.1f} GB are free on {device}: "
+        raise InputError(f"this run takes about {total / unit:.1f} {name}, {free / 1e9:.1f} GB are free on {device}: "
                          "lower --micro-batch-size or --max-length, or try --checkpoint-activations, --dtype bfloat16 "
                          "with --lora-rank 16, or --zero on several ranks")
 

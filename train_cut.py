@@ -4,7 +4,8 @@
   python train_cut.py --model DIR --data judged.json        offline: one pass over judged responses
   torchrun --nproc_per_node 8 train_cut.py --model ...      the same on eight GPUs
 
-A bad response y to an instruction x, with a judgment j- that says what is wrong, is read in two passes by the same model:
+A bad response y to an instruction x, with a judgment j- that says what is wrong, is read by the same model in two
+passes:
 
   after (x, j-)    It says The frog is white where it should say pink.    The  frog  is  white  and  lives ...
   after x alone                                                           The  frog  is  white  and  lives ...
@@ -204,7 +205,7 @@ def collect_feedback(model, tokenizer, world, number, args):
 
 
 def load_feedback(model, tokenizer, world, number, args):
-    """The judged responses of a round, kept in round-N.jsonl; offline, those of all rounds come from the first model."""
+    """The judged responses of a round, kept in round-N.jsonl. Offline, the first model answers those of all rounds."""
     rounds = range(number, args.rounds if args.offline else number + 1)
     for n in rounds:
         path = Path(args.out, f"round-{n}.jsonl")
@@ -327,6 +328,7 @@ def largest_micro_batch(examples, rows, max_length):
 
 def main(argv=None):
     args = parse(argv)
+    start = time.time()
     if not args.data:
         args.model = args.model or built_in(args.seed, args.judge, args.device)
     device = set_up(args)
@@ -378,7 +380,7 @@ def main(argv=None):
     save_run(model, tokenizer, args)
     if test and rank() == 0 and not run.stopped:
         results["rounds"] = run.state["results"]
-        results["seconds"] = run.seconds()
+        results["seconds"] = time.time() - start
         results["peak_memory_bytes"] = peak_memory(device)
         write_json(Path(args.out, "results.json"), results)
         print(table(results))

@@ -254,7 +254,8 @@ def describe_defaults(defaults):
     rows = ["defaults                    with --data   in the built-in world"]
     for name, (with_data, built_in_world) in defaults.items():
         flag = "--" + name.replace("_", "-")
-        rows.append(f"  {flag:<25} {with_data or '-'!s:<13} {built_in_world or '-'}")
+        values = ["-" if value is None else value for value in (with_data, built_in_world)]
+        rows.append(f"  {flag:<25} {values[0]:<13} {values[1]}")
     return "\n".join(rows)
 
 
