@@ -1056,7 +1056,7 @@ RESUME_MAY_CHANGE = {"resume", "out", "device", "save_every", "micro_batch_size"
 class Run:
     """A training run: progress bar, metrics file, optimizer step, saves, Ctrl-C, and resuming.
 
-        run = Run(args, model, optimizer)
+        run = Run(model, optimizer, out, flags, clip, save_every)
         for step in run.steps(args.steps, "sft"):
             ...                                          # the lesson: backward passes over the step's examples
             loss, norm = run.update(loss, lr)
@@ -1066,22 +1066,23 @@ class Run:
     (seed, step), so no generator state is kept. resume.pt is in the run folder exactly while the run is unfinished.
     """
 
-    def __init__(self, args, model, optimizer, **state):
-        self.args, self.model, self.optimizer = args, model, optimizer
+    def __init__(self, model, optimizer, out, flags, clip, save_every, resume=False, state=None):
+        self.model, self.optimizer, self.clip, self.save_every = model, optimizer, clip, save_every
+        self.out, self.flags = Path(out), flags
         self.device = next(model.parameters()).device
-        self.path = Path(args.out, "resume.pt")
-        self.state = {"step": 0, "lines": 0, **state}
+        self.path = self.out / "resume.pt"
+        self.state = {"step": 0, "lines": 0, **(state or {})}
         self.start = self.step_start = time.time()
         self.sums = collections.Counter()
         self.stopped = False
         self.interrupted = catch_interrupts()
-        if args.resume:
+        if resume:
             self.load()
         elif rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)                               # of an earlier run: not to be resumed
         if rank() == 0:
-            self.metrics = self.open_metrics(Path(args.out, "metrics.jsonl"))
+            self.metrics = self.open_metrics(self.out / "metrics.jsonl")
         barrier()                                                           # no rank may find an old file
 
     def steps(self, count, label):
@@ -1093,7 +1094,7 @@ class Run:
             yield step
             self.state["step"] = step + 1
             self.stopped = all_sum([self.interrupted.is_set()]) != [0]      # on any rank
-            if self.stopped or (step + 1) % self.args.save_every == 0 and step + 1 < count:
+            if self.stopped or (step + 1) % self.save_every == 0 and step + 1 < count:
                 self.save()
             if self.stopped:
                 break
@@ -1108,7 +1109,7 @@ class Run:
         loss, = all_sum([loss])
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.state['step']}: the loss is {loss}; examples {list(examples)}")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)      # equal on all ranks
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)      # equal on all ranks
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -1143,19 +1144,19 @@ class Run:
             self.optimizer.consolidate_state_dict(to=0)
         if rank():
             return
-        for torn in self.path.parent.glob("*.tmp-*"):                       # left by a kill in the middle of a save
+        for torn in self.out.glob("*.tmp-*"):                       # left by a kill in the middle of a save
             torn.unlink()
         weights = {name: p.detach() for name, p in trained_weights(self.model).items()}
         with atomic_write(self.path) as temporary:
             torch.save({"model": weights, "optimizer": self.optimizer.state_dict(), "state": self.state,
-                        "flags": vars(self.args)}, temporary)
+                        "flags": self.flags}, temporary)
 
     def load(self):
         """Restores what save() wrote; the flags have to agree."""
         if not self.path.is_file():
             raise InputError(f"{self.path}: nothing to resume: leave --resume out, or give the stopped run's --out")
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        for key, now in vars(self.args).items():
+        for key, now in self.flags.items():
             before = saved["flags"].get(key)
             if key not in RESUME_MAY_CHANGE and before != now:
                 raise InputError(f"{self.path}: --{key.replace('_', '-')} was {before!r}, is {now!r}: resume with "
@@ -1179,11 +1180,11 @@ class Run:
         """Ends the run and says where its model is. Returns the exit code: 130 if it was stopped."""
         barrier()                                                           # rank 0 has saved the model
         if self.stopped:
-            print0(f"stopped: go on with --resume; {self.args.out}, {self.seconds():.0f} s")
+            print0(f"stopped: go on with --resume; {self.out}, {self.seconds():.0f} s")
             return 130
         if rank() == 0:
             self.path.unlink(missing_ok=True)
-        print0(f"model in {self.args.out}, {self.seconds():.0f} s")
+        print0(f"model in {self.out}, {self.seconds():.0f} s")
         return 0
 
 

@@ -42,12 +42,12 @@ from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
 from losses import cut_token_loss, detect, detection_sums, nll_token_loss
 from model import (
-    DTYPES, LLaMA, Run, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
+    DTYPES, LLaMA, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
     read_config, share, world_size)
 from simulate import sample_responses
 from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
-    prepare, save_run, set_up)
+    prepare, save_run, set_up, start_run)
 
 # Defaults: (with --data, in the built-in world). With --data they are the paper's, except for the learning rate: its
 # 4e-4 was never reached in an online run, whose data ended within the warm-up; 1.5e-4 is what ran.
@@ -346,7 +346,7 @@ def main(argv=None):
     results = {}
     if test:
         results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
-    run = Run(args, model, optimizer, round=0, results=[])
+    run = start_run(model, optimizer, args, round=0, results=[])
     if rank() == 0 and not args.resume:
         for kind in ("round", "flags"):
             for old in Path(args.out).glob(f"{kind}-*.jsonl"):  # of an earlier run

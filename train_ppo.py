@@ -58,7 +58,7 @@ from losses import (
     explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
     ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
 from model import (
-    DTYPES, HALF, LLaMA, RewardModel, Run, add_lora, barrier, check_memory, copy_weights, distribute, gather_lists,
+    DTYPES, HALF, LLaMA, RewardModel, add_lora, barrier, check_memory, copy_weights, distribute, gather_lists,
     generate, load_adapter, lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, on_meta, peak_memory,
     rank, read_config, share, trained_weights, world_size)
 from simulate import (
@@ -187,7 +187,7 @@ def train_pairs(args, device):
     if args.stage == "dpo":                                      # before the weights of a resumed run are loaded
         train = add_reference(model, train, args, device)
         held_out = add_reference(model, held_out, args, device)
-    run = Run(args, model, make_optimizer(model))
+    run = train_sft.start_run(model, make_optimizer(model), args)
     wrapped = distribute(model)
 
     for step in run.steps(steps, args.stage):
@@ -538,7 +538,7 @@ def train_policy(args, device):
     models = load_models(args, device)
     read, update = POLICY_METHODS[args.stage]
     optimizer = make_optimizer(models.trained, eps=1e-5)
-    run = Run(args, models.trained, optimizer, curve=[])
+    run = train_sft.start_run(models.trained, optimizer, args, curve=[])
     model = distribute(models.trained)
     best = Path(args.out, "best.pt")
     if task.validation and not run.state["curve"]:

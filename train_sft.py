@@ -135,7 +135,7 @@ def main(argv=None):
         model = LLaMA(config).to(device, dtype)
     prepare(model, args, device)
     optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
-    run = Run(args, model, optimizer)
+    run = start_run(model, optimizer, args)
 
     train(distribute(model), examples, args.steps, args.lr, args.seed, run, args)
 
@@ -199,6 +199,11 @@ def prepare(model, args, device):
         trained = add_lora(model, args.lora_rank, args.lora_alpha, lora_modules(args))
         print0(f"training {trained / 1e6:.1f} M adapter parameters, the rest is frozen")
     set_execution(model, device, args.checkpoint_activations, args.compile, args.autocast)
+
+
+def start_run(model, optimizer, args, **state):
+    """A Run of these flags, resumed if --resume is given; `state` is what else it keeps for that."""
+    return Run(model, optimizer, args.out, vars(args), args.clip, args.save_every, args.resume, state)
 
 
 def save_run(model, tokenizer, args, **extra):

@@ -1,8 +1,13 @@
-"""What holds for the repository as a whole, read off its text: shared blocks, flags, imports, widths, README."""
+"""What holds for the repository as a whole: imports, flags, sizes, widths, and what README promises about the code."""
 import ast
+import difflib
 import importlib
+import json
+import os
+import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TRAIN = ["train_sft.py", "train_cut.py", "train_ppo.py"]
+BENCHES = ["tests/bench_methods.py"]
 SCRIPTS = [*TRAIN, "simulate.py", "evaluate.py", "data.py"]
 RUNTIME = ["model.py", "losses.py", *SCRIPTS]
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "requests"}
@@ -26,21 +32,31 @@ def nodes(name, *kinds):
     return [n for n in ast.walk(ast.parse(text(name))) if isinstance(n, kinds)]
 
 
-def set_up(name):
-    """The lines from the banner `# --- set-up` up to the next banner."""
-    lines = text(name).splitlines()
-    starts = [i for i, line in enumerate(lines) if line.lstrip().startswith("# --- set-up")]
-    assert len(starts) == 1, f"{name} has {len(starts)} set-up banners"
-    end = next(i for i in range(starts[0] + 1, len(lines)) if lines[i].lstrip().startswith("# ---"))
-    return lines[starts[0]:end]
+# name: the files of ours that it may import, so that reading goes upwards only
+FLOORS = {
+    "losses": set(), "data": set(),
+    "model": {"losses", "data"},
+    "train_sft": {"losses", "data", "model"},
+    "simulate": {"data", "model"},
+    "evaluate": {"data", "model", "simulate"},
+    "train_cut": {"losses", "data", "model", "simulate", "evaluate", "train_sft"},
+    "train_ppo": {"losses", "data", "model", "simulate", "evaluate", "train_sft"},
+}
 
 
-@pytest.mark.parametrize("name", TRAIN[1:])
-def test_the_set_up_block_is_shared_to_the_letter(name):
-    """One of three copies is mended and the others keep the bug."""
-    block = set_up(TRAIN[0])
-    assert len([line for line in block if line.strip()]) >= 6
-    assert set_up(name) == block
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_go_upwards(name):
+    """A circle of imports, or a surprising one: train_sft.py needs simulate.py, data.py needs model.py."""
+    found = {a.name for n in nodes(f"{name}.py", ast.Import) for a in n.names}
+    found |= {n.module for n in nodes(f"{name}.py", ast.ImportFrom)}
+    assert sorted(found & set(FLOORS) - FLOORS[name]) == []
+
+
+@pytest.mark.parametrize("name", RUNTIME)
+def test_functions_fit_a_screen(name):
+    """A function that does everything. (Parsers are lists.)"""
+    long = [n.name for n in nodes(name, ast.FunctionDef) if n.end_lineno - n.lineno >= 70 and n.name != "parse"]
+    assert long == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -58,6 +74,8 @@ def test_flags_are_read_and_read_flags_exist(name):
     read = {n.attr for n in uses if isinstance(n.ctx, ast.Load)}
     assert declared, f"{name} declares no flag: does this test still see them?"
     assert sorted(declared - read) == []
+    common = set(re.findall(r'"--([\w-]+)"', text("train_sft.py"))) if name in TRAIN else set()
+    declared |= {flag.replace("-", "_") for flag in common}
     assert sorted({n.attr for n in uses} - declared - positional) == []
 
 
@@ -147,7 +165,7 @@ def script_and_argv(words):
 
 def refusal(name, argv):
     """What a script's parser says against a command line, or None."""
-    if name not in SCRIPTS:
+    if name not in SCRIPTS + BENCHES:
         return f"{name} is none of our scripts"
     try:
         importlib.import_module(Path(name).stem).parse(argv)
@@ -175,13 +193,6 @@ def test_docstrings_commands_parse(name, capsys):
     assert [r for c in commands if (r := refusal(*c))] == []
 
 
-def test_compared_methods_parse(capsys):
-    """`evaluate.py compare` passes train_cut.py a flag that it no longer has, some hours into the comparison."""
-    methods = importlib.import_module("evaluate").METHODS
-    assert len(methods) > 4
-    assert [r for flags in methods.values() if (r := refusal("train_cut.py", flags))] == []
-
-
 def test_commands_are_found_in_markdown(capsys):
     """The test above sees nothing: comments, continued lines, pipes, loops or prompts hide the commands from it."""
     markdown = """
@@ -199,28 +210,115 @@ python train_ppo.py
 ```
 1. In a list:
    ```sh
-   python evaluate.py compare
+   python evaluate.py agreement --data x
    ```
 """
     commands = [c for c in map(script_and_argv, command_lines(markdown)) if c]
     assert commands == [
         ("train_sft.py", ["--steps", "3", "--seed", "1"]), ("train_cut.py", ["--lam", "1.1"]),
         ("simulate.py", ["--model", "out/a b", "--prompt", "Say it; now", "--seed", "1"]),
-        ("evaluate.py", ["--model", "X"]), ("evaluate.py", ["compare"])]
+        ("evaluate.py", ["--model", "X"]), ("evaluate.py", ["agreement", "--data", "x"])]
     assert [refusal(*c) for c in commands] == [None] * 5
     for argv in (["--no-such-flag"], ["--steps", "many"], ["stray"]):
         assert "SystemExit" in refusal("train_sft.py", argv)
     assert refusal("evaluate.py", []) and refusal("other.py", [])
 
 
-def test_the_optimizer_step_is_the_same_in_the_train_scripts():
-    """Drift between the loops: clipping before the sync, a learning rate set late, or gradients never zeroed."""
-    steps = []
-    for name in TRAIN:
-        lines = [line.split("  #")[0].strip() for line in text(name).splitlines()]
-        begins = [i for i, line in enumerate(lines) if line.startswith("norm =")]
-        assert len(begins) == (4 if name == "train_ppo.py" else 1)          # one loop, or one for each stage
-        for begin in begins:
-            end = next(i for i in range(begin, len(lines)) if lines[i].startswith("optimizer.zero_grad"))
-            steps.append([line for line in lines[begin:end + 1] if not line.startswith("lr =")])
-    assert len(steps) == 6 and len(steps[0]) == 5 and all(step == steps[0] for step in steps)
+# ----------------------------------------------------------------------------------------------------------------------
+# What README promises about the code
+
+
+def test_readme_is_short():
+    """README grows into a manual, a lab report and a changelog."""
+    assert text("README.md").count("\n") <= 280 and len(text("README.md")) <= 20000
+
+
+def training_loop(name):
+    """The lines of the function `train`."""
+    function, = [n for n in nodes(name, ast.FunctionDef) if n.name == "train"]
+    return text(name).splitlines()[function.lineno - 1:function.end_lineno]
+
+
+def test_the_step_diff_is_the_lesson():
+    """The loops of SFT and CUT drift apart, or README shows a diff that is no longer theirs."""
+    diff = difflib.unified_diff(training_loop("train_sft.py"), training_loop("train_cut.py"), n=0, lineterm="")
+    changed = [line for line in diff if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert 10 < len(changed) <= 25
+    assert "```diff\n" + "\n".join(changed) + "\n```" in text("README.md")
+
+
+PATCHES = {"simpo": 12, "rloo": 25}
+
+
+def changed_lines(name):
+    lines = text(f"tests/{name}.patch").splitlines()
+    return [line for line in lines if line[:1] in ("+", "-") and line[:4] not in ("+++ ", "--- ")]
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_change_is_small_and_readme_shows_it(name):
+    """Adding a pair loss or a policy gradient touches ever more places; README's diff is another one."""
+    assert len(changed_lines(name)) <= PATCHES[name]
+    for line in changed_lines(name):
+        assert len(line) == 1 or f"\n{line}\n" in text("README.md"), line
+
+
+def run(script, *argv, cwd):
+    done = subprocess.run([sys.executable, script, *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def world_models(tmp_path_factory):
+    """A copy of the tree in which the built-in world's SFT model, pairs and reward model were made, in small."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in RUNTIME:
+        shutil.copy(ROOT / name, tree)
+    run("train_sft.py", "--steps", 1200, cwd=tree)
+    world = importlib.import_module("data").World(0)
+    rng, pairs = random.Random(0), []
+    for r in world.instructions("train", 3000, "patch"):
+        wrong = world.corrupt(r, r["reference"], rng)
+        pairs.append({"instruction": r["instruction"], "reference": r["reference"], "output_1": r["reference"],
+                      "output_2": wrong, "preference": 1})
+    path = tree / "out" / "world-0" / "preferences-0.25.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in pairs if r["output_1"] != r["output_2"]))
+    run("train_ppo.py", "reward", "--steps", 60, cwd=tree)
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, command, key, change", [
+    ("simpo", "simpo --steps 60 --lr 1e-3", "margin", 0.5),
+    ("rloo", "ppo --group 4 --value-coef 0 --steps 20 --eval-every 20", "reward", 0.3)])
+def test_the_changes_learn(name, command, key, change, world_models, tmp_path):
+    """A patch that no longer applies, or a new method that runs and learns nothing."""
+    tree = tmp_path / "tree"
+    shutil.copytree(world_models, tree)
+    subprocess.run(["git", "apply", ROOT / "tests" / f"{name}.patch"], cwd=tree, check=True)
+    run("train_ppo.py", *command.split(), "--out", "out/run", cwd=tree)
+    lines = (tree / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    values = [json.loads(line)[key] for line in lines]
+    print(name, values)
+    assert sum(values[-5:]) / 5 - sum(values[:5]) / 5 > change
+
+
+def test_readmes_memory_table():
+    """README's numbers are those of an estimate that has changed since."""
+    model = importlib.import_module("model")
+    shapes = {"7 B": (4096, 11008, 32), "13 B": (5120, 13824, 40)}
+    for name, (hidden, mlp, layers) in shapes.items():
+        config = model.Config(vocab_size=32000, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                              num_attention_heads=layers, num_key_value_heads=layers, head_dim=128)
+        cells = []
+        for lora, dtype, checkpoint, ranks in ((True, "bfloat16", False, 1), (True, "bfloat16", True, 1),
+                                               (False, "float32", True, 1), (False, "float32", True, 8)):
+            network = model.on_meta(model.LLaMA, config).to(model.DTYPES[dtype])
+            if lora:
+                model.add_lora(network)
+            estimate = model.memory_estimate(network, 2048, checkpoint=checkpoint, ranks=ranks)
+            cells.append(f"{sum(estimate.values()) / 1e9:.1f} GB")
+        assert f"| {name} | {' | '.join(cells)} |" in text("README.md")
