@@ -1119,7 +1119,7 @@ class Run:
     def add(self, **numbers):
         """Adds numbers of a micro-batch to the sums that the step will log."""
         for name, number in numbers.items():
-            self.sums[name] += float(number)
+            self.sums[name] += number.item() if isinstance(number, torch.Tensor) else number
 
     def totals(self):
         """{name: sum} of what all ranks have added since the last call; 0 for a name that nobody has added."""

@@ -849,7 +849,8 @@ def check_policy_flags(args):
         raise InputError(f"--rollouts {args.rollouts} is not a multiple of the {world_size()} ranks")
     if args.rollouts < getattr(args, "count", 1):
         raise InputError(f"--rollouts {args.rollouts} is less than the {args.count} quantiles (--count)")
-    out, reward, gold_reward = (Path(p).resolve() for p in (args.out, args.reward, args.gold_reward))
+    out, reward = Path(args.out).resolve(), Path(args.reward).resolve()
+    gold_reward = Path(args.gold_reward).resolve() if args.gold_reward else None
     if reward == gold_reward:
         raise InputError(f"--gold-reward {args.gold_reward} is the --reward: it cannot see over-optimization; train a "
                          "second one on other pairs")
