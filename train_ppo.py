@@ -825,14 +825,9 @@ def policy_memory(args):
 
 
 def built_in_reward(seed, noise, device=""):
-    """The directory of the built-in world's reward model: trained if it is not there, resumed if that was stopped."""
+    """The directory of the built-in world's reward model."""
     argv = ["reward", "--seed", str(seed), "--noise", str(noise), "--device", device]
-    out = Path(parse(argv).out)
-    unfinished = (out / "resume.pt").is_file()
-    if unfinished or not (out / "config.json").is_file():
-        if main([*argv, "--resume"] if unfinished else argv):
-            raise SystemExit(130)                                # stopped by the user
-    return str(out)
+    return train_sft.make_once(main, argv, parse(argv).out)
 
 
 def check_policy_flags(args):

@@ -145,15 +145,9 @@ def main(argv=None):
 
 
 def built_in(seed, judge, device=""):
-    """The directory of the built-in world's SFT model, which the other scripts start from. It is trained if it is not
-    there, and resumed if its training was stopped; delete the directory to train it again."""
+    """The directory of the built-in world's SFT model, which the other scripts start from."""
     argv = ["--seed", str(seed), "--judge", judge, "--device", device]
-    out = Path(parse(argv).out)
-    unfinished = (out / "resume.pt").is_file()
-    if unfinished or not (out / "config.json").is_file():
-        if main([*argv, "--resume"] if unfinished else argv):
-            raise SystemExit(130)                               # stopped by the user
-    return str(out)
+    return make_once(main, argv, parse(argv).out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,6 +171,18 @@ def set_up(args):
                          "--out")
     torch.manual_seed(args.seed)
     return device
+
+
+def make_once(main, argv, out):
+    """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder. Delete
+    the folder to train anew."""
+    unfinished = Path(out, "resume.pt").is_file()
+    if unfinished or not Path(out, "config.json").is_file():
+        if main([*argv, "--resume"] if unfinished else argv):
+            raise SystemExit(130)                               # stopped by the user
+    else:
+        print0(f"using {out}, made earlier; delete it to train it again")
+    return out
 
 
 def lora_modules(args):
