@@ -1,7 +1,12 @@
-"""The three training scripts as they are launched: one process and two, stopped and resumed, good input and bad."""
+"""train_sft.py and train_cut.py as they are launched: on one process and two, stopped and resumed, with good input and
+bad, with flags that change memory and speed but not the result. The slow tests take minutes: python -m pytest -m slow."""
+import contextlib
 import json
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,353 +18,726 @@ import torch
 import data
 import evaluate
 import losses
+import model as model_file
 import train_cut
-import train_ppo
 import train_sft
-from model import Config, InputError, LLaMA, RewardModel, add_lora, lora_layers
+from data import IGNORE, InputError
+from model import Block, Config, LLaMA, Run, add_lora, make_optimizer, memory_estimate, on_meta, set_execution
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-SCRIPTS = {"sft": train_sft, "cut": train_cut, "reward": train_ppo}
+MAIN = {"sft": train_sft.main, "cut": train_cut.main}
+# Sums depend on the number of threads.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A small random LLaMA with the built-in world's tokenizer, in a directory."""
+    """A directory with a small random LLaMA and the built-in world's tokenizer."""
+    directory = tmp_path_factory.mktemp("base") / "model"
     torch.manual_seed(0)
-    d = tmp_path_factory.mktemp("model") / "base"
     tokenizer = data.world_tokenizer()
-    LLaMA(Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.1)
-          ).save_pretrained(d, tokenizer, extra={"prompt_format": "short"})
-    return d
+    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.1)
+    LLaMA(config).save_pretrained(directory, tokenizer, extra={"prompt_format": "short"})
+    return directory
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Small data files for the three scripts. 37 records: the last batch of an epoch is uneven."""
-    d = tmp_path_factory.mktemp("data")
-    world = data.World(9)
-    records = world.demonstrations(60, lambda a, b: None if a == b else f"It says {a}", "test")
-    judged = [r for i, r in enumerate(records) if i % 2 or i % 3 == 0][:37]
-    demos = [r for r in records if r["judgment"] is None][:37]
-    pairs = [{"instruction": a["instruction"], "input": "", "output_1": a["output"], "output_2": b["output"],
-              "preference": 1 + i % 2} for i, (a, b) in enumerate(zip(records[::2], records[1::2]))
-             if a["output"] != b["output"]][:45]
-    paths = {}
-    for name, rows in (("sft", demos), ("cut", judged), ("reward", pairs)):
-        paths[name] = d / f"{name}.json"
-        paths[name].write_text(json.dumps(rows), encoding="utf-8")
-    return paths
+def job(base, tmp_path_factory):
+    """A function that returns the arguments of a short run. The data file has 33 records and a batch 8: the last batch
+    of an epoch has one record, fewer than there are ranks."""
+    directory = tmp_path_factory.mktemp("data")
+    records = data.World(9).demonstrations(60, lambda a, b: None if a == b else f"It says {a}", "train")
+    good = [r for r in records if r["judgment"] is None]
+    bad = [r for r in records if r["judgment"]]
+    (directory / "sft.json").write_text(json.dumps(good[:33]))
+    (directory / "cut.json").write_text(json.dumps(good[:13] + bad[:20]))
+
+    def arguments(name, out, *more):
+        argv = ["--model", base, "--data", directory / f"{name}.json", "--format", "short", "--device", "cpu",
+                "--steps", 10, "--batch-size", 8, "--micro-batch-size", 3, "--lr", 1e-3, "--out", out]
+        if name == "cut":
+            argv += ["--downsample", -1, "--lora-rank", 0]
+        return [str(a) for a in (*argv, *more)]                             # the later of two equal flags counts
+
+    return arguments
 
 
-def arguments(name, base, files, out, *more):
-    # A reward model's gradients are so small here that Adam, which divides by their size, blows rounding errors up.
-    lr = "1e-4" if name == "reward" else "1e-3"
-    own = {"reward": ["reward", "--held-out", "8"], "cut": ["--downsample", "-1", "--lora-rank", "0"], "sft": []}[name]
-    return [*own, "--model", str(base), "--data", str(files[name]), "--format", "short", "--device",
-            "cpu", "--steps", "10", "--batch-size", "8", "--micro-batch-size", "3", "--lr", lr, "--out", str(out),
-            *map(str, more)]
+def online(base, out, *more):
+    """Arguments of a short online run of train_cut.py."""
+    argv = ["--model", base, "--rounds", 2, "--steps", 4, "--samples", 20, "--replay", 0, "--save-every", 2,
+            "--split", "validation", "--device", "cpu", "--out", out]
+    return [str(a) for a in (*argv, *more)]
 
 
-def weights(directory, name):
-    cls = RewardModel if name == "reward" else LLaMA
-    return cls.from_pretrained(directory, torch.float64).state_dict()
+@pytest.fixture
+def short_answers():
+    """An untrained model seldom ends its answers, so measuring would take most of a test's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluate, train_cut):
+            patch.setattr(module, "MAX_NEW_TOKENS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_process(job, tmp_path_factory):
+    """The run folders of SFT and CUT by one process in float64, which other ways to run are compared with."""
+    directory = tmp_path_factory.mktemp("one")
+    for name, main in MAIN.items():
+        main(job(name, directory / name, "--dtype", "float64"))
+    return directory
+
+
+def weights(directory):
+    return LLaMA.from_pretrained(directory, torch.float64).state_dict()
+
+
+def distance(a, b):
+    """Largest difference between the weights of two directories; 0 if they are equal bit for bit."""
+    a, b = weights(a), weights(b)
+    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def metrics(directory):
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without the time."""
+    return without_time(json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
 
 
-def launch(processes, script, argv):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*command, str(ROOT / script), *argv], env=env, capture_output=True, text=True, timeout=300)
+def rounds(directory):
+    """The rounds in results.json, without the time."""
+    return without_time(json.loads((directory / "results.json").read_text())["rounds"])
 
 
-def two_equal_one(name, dtype, tolerance, base, files, tmp_path):
-    script = {"sft": "train_sft.py", "cut": "train_cut.py", "reward": "train_ppo.py"}[name]
-    SCRIPTS[name].main(arguments(name, base, files, tmp_path / "one", "--dtype", dtype))
-    two = launch(2, script, arguments(name, base, files, tmp_path / "two", "--dtype", dtype))
-    assert two.returncode == 0, two.stderr[-3000:]
-    a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [x["step"] for x in a] == [x["step"] for x in b] == list(range(10))
-    for x, y in zip(a, b):                              # the loss line: every figure but the time
-        for key in set(x) - {"seconds"}:
-            assert x[key] == pytest.approx(y[key], rel=100 * tolerance, abs=100 * tolerance), key
-    one, other = weights(tmp_path / "one", name), weights(tmp_path / "two", name)
-    start = weights(base, name) if name != "reward" else None
-    for key in one:
-        assert (one[key] - other[key]).abs().max() <= tolerance, key
-        assert start is None or not torch.equal(one[key], start[key]), f"{key} has not been trained"
+def without_time(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def test_two_processes_train_cut_like_one(base, files, tmp_path):
-    """Per-rank means, or a missing factor for DDP's average: both change with the number of processes."""
-    two_equal_one("cut", "float64", 1e-12, base, files, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "cut", "reward"])
-@pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-12), ("float32", 1e-6)])
-def test_two_processes_equal_one(name, dtype, tolerance, base, files, tmp_path):
-    """The same for every script, in both precisions."""
-    two_equal_one(name, dtype, tolerance, base, files, tmp_path)
+def assert_equal_runs(a, b, tolerance=1e-12):
+    """Equal metrics and equal weights, up to rounding."""
+    lines, others = metrics(a), metrics(b)
+    assert len(lines) == len(others) == 10
+    for line, other in zip(lines, others):
+        assert line == pytest.approx(other, rel=100 * tolerance, abs=100 * tolerance)
+    assert distance(a, b) <= tolerance
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["sft", "cut", "reward"])
-def test_stopping_and_resuming_is_bitwise_not_stopping(name, base, files, tmp_path, monkeypatch):
-    """Optimizer state, data position or schedule lost between two runs would change the weights."""
-    script = SCRIPTS[name]
-    more = ["--flags", "frozen"] if name == "cut" else []
-    script.main(arguments(name, base, files, tmp_path / "whole", "--save-every", 4, *more))
-    save = script.save_resume
+def die():
+    raise Killed
 
-    def save_and_die(*args):
-        save(*args)
-        raise Killed
 
-    monkeypatch.setattr(script, "save_resume", save_and_die)
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def at_step(step, action, round=0):
+    """Calls action() in the middle of this step of a run inside, after the backward pass."""
+    update = Run.update
+
+    def act(run, *rest):
+        if (run.state.get("round", 0), run.state["step"]) == (round, step):
+            action()
+        return update(run, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", act)
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def torchrun(script, argv, *how):
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, how), str(ROOT / script), *argv]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*runs):
+    """Waits for the runs, which have to succeed, and returns what they printed."""
+    printed = [run.communicate(timeout=300) for run in runs]
+    for run, (_, errors) in zip(runs, printed):
+        assert run.returncode == 0, errors[-3000:]
+    return [out for out, _ in printed]
+
+
+def run_jobs():
+    """What each process does when torchrun starts this file: several runs, because starting takes longest."""
+    for name, argv, killed_at in json.loads(sys.argv[1]):
+        with at_step(killed_at, die), contextlib.suppress(Killed):
+            MAIN[name](argv)
+    return 0
+
+
+def test_two_processes_and_zero_equal_one_process(job, base, one_process, tmp_path):
+    """A mean of each rank's own, a missing factor for DDP's average, a rank without an example that waits for ever;
+    with --zero, moments that are not collected for the save, or parameters that their owner keeps to itself."""
+    sft, cut, lora, zero, unsharded = (
+        job(name, tmp_path / out, "--dtype", "float64", "--save-every", 4, *more) for name, out, *more in (
+            ("sft", "sft"), ("cut", "cut"), ("cut", "lora", "--lora-rank", 4), ("cut", "zero", "--zero"),
+            ("cut", "unsharded")))
+    jobs = [("sft", sft, None), ("cut", cut, None), ("cut", lora, None), ("cut", zero, 6),
+            ("cut", [*zero, "--resume"], None), ("cut", [*unsharded, "--zero"], 6)]
+    finish(torchrun("tests/test_train.py", [json.dumps(jobs)], "--standalone", "--nproc_per_node", 2))
+    for name in ("sft", "cut"):
+        start, end = weights(base), weights(one_process / name)
+        assert [n for n in start if torch.equal(start[n], end[n])] == [], "these were not trained"
+        assert_equal_runs(one_process / name, tmp_path / name)
+    train_cut.main([*lora, "--out", str(tmp_path / "one-lora")])
+    assert_equal_runs(tmp_path / "one-lora", tmp_path / "lora")
+    train_cut.main([*unsharded, "--resume"])                    # what two processes have sharded, one goes on with
+    for name in ("zero", "unsharded"):
+        assert_equal_runs(one_process / "cut", tmp_path / name)
+    with pytest.raises(InputError, match="--zero shards the optimizer state over ranks, and there is 1"):
+        train_cut.main(zero)
+
+
+@pytest.mark.slow
+def test_two_nodes_equal_one_process(base, tmp_path):
+    """Ranks counted within their node; samples and flags that depend on the rank; 21 instructions, of which one rank
+    has 11 and the other 10; a last batch of 5; a second node that prints."""
+    argv = online(base, tmp_path / "two", "--samples", 21, "--batch-size", 8, "--replay", 3, "--dtype", "float64",
+                  "--detect", "frozen", "--checkpoint-activations")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    how = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port)
+    first, second = finish(*[torchrun("train_cut.py", argv, *how, "--node_rank", node) for node in range(2)])
+    train_cut.main([*argv, "--out", str(tmp_path / "one")])
+    for a, b in zip(rounds(tmp_path / "one"), rounds(tmp_path / "two")):
+        assert a == pytest.approx(b, abs=1e-9)
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-10
+    assert "win rate vs SFT" in first and not second.strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags that change memory and speed, not the result
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_micro_batches_do_not_change_the_result(job, one_process, tmp_path, name):
+    """A mean of means, or padding that counts."""
+    for size in (1, 8):
+        MAIN[name](job(name, tmp_path / str(size), "--dtype", "float64", "--micro-batch-size", size))
+        assert_equal_runs(one_process / name, tmp_path / str(size))
+
+
+@pytest.mark.parametrize("name, lora_rank", [("sft", 0), ("cut", 0), ("cut", 4)])
+def test_activation_checkpointing_gives_the_same_bits(job, tmp_path, monkeypatch, name, lora_rank):
+    """A block that is recomputed otherwise, or not recomputed at all."""
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    MAIN[name](job(name, tmp_path / "plain", "--lora-rank", lora_rank))
+    assert not calls
+    MAIN[name](job(name, tmp_path / "recomputed", "--lora-rank", lora_rank, "--checkpoint-activations"))
+    assert calls and distance(tmp_path / "plain", tmp_path / "recomputed") == 0
+
+
+def test_autocast_computes_in_bf16_and_keeps_fp32_weights(job, base, tmp_path, short_answers):
+    """Weights rounded to bf16, or matmuls that stay in fp32; sampling whose cache has another dtype than its keys."""
+    train_sft.main(job("sft", tmp_path / "plain"))
+    train_sft.main(job("sft", tmp_path / "autocast", "--autocast"))
+    exact, rounded = ([line["loss"] for line in metrics(tmp_path / d)] for d in ("plain", "autocast"))
+    assert exact != rounded and exact == pytest.approx(rounded, rel=2e-2)
+    assert any((w != w.bfloat16()).any() for w in weights(tmp_path / "autocast").values())
+    train_cut.main(online(base, tmp_path / "online", "--autocast", "--checkpoint-activations", "--rounds", 1))
+    assert len(rounds(tmp_path / "online")) == 1
+    with pytest.raises(InputError, match="--autocast with --dtype bfloat16"):
+        train_sft.main(job("sft", tmp_path / "no", "--autocast", "--dtype", "bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("name, more", [
+    ("sft", []), ("cut", ["--lora-rank", 4]), ("cut", ["--checkpoint-activations"])])
+def test_compiled_blocks_train_alike(job, tmp_path, monkeypatch, name, more):
+    """A compiled block that computes something else, or that is compiled again for every length and layer."""
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(Block, "compile", lambda self, **k: compiled.append(self) or compile_module(self, **k))
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    MAIN[name](job(name, tmp_path / "plain", "--dtype", "float64", *more))
+    MAIN[name](job(name, tmp_path / "compiled", "--dtype", "float64", *more, "--compile"))
+    assert len(compiled) == 2 and 0 < frames["ok"] <= 12
+    assert_equal_runs(tmp_path / "plain", tmp_path / "compiled", 1e-9)
+
+
+def test_compile_says_why_it_does_not_work(job, tmp_path, monkeypatch):
+    """The compiler's own traceback in the first step."""
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=r"--compile does not work here \(no C\+\+ compiler\): leave it out"):
+        train_sft.main(job("sft", tmp_path / "out", "--compile"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping and resuming
+
+
+@pytest.mark.parametrize("name, more", [
+    ("sft", []), ("cut", ["--lora-rank", 4]), ("cut", ["--detect", "frozen", "--lam", 1.02, "--lr", 1e-2])])
+def test_a_killed_run_resumes_bitwise(job, tmp_path, name, more):
+    """Optimizer state, position in the data or schedule lost; frozen flags made anew; metrics twice or missing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = job(name, parts, "--save-every", 4, *more)
+    MAIN[name]([*argv, "--out", str(whole)])
+    with at_step(6, die), pytest.raises(Killed):
+        MAIN[name](argv)
+    assert len(metrics(parts)) == 6, "two lines more than the save at step 4 knows"
+    assert MAIN[name]([*argv, "--resume"]) == 0
+    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
+
+
+def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_path, monkeypatch, short_answers):
+    """Samples, flags or results of the rounds lost, or made by a model that has moved on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = online(base, parts, "--detect", "frozen")
+    train_cut.main([*argv, "--out", str(whole)])
+    with at_step(3, die, round=1), pytest.raises(Killed):
+        train_cut.main(argv)
+    monkeypatch.setattr(train_cut, "save_run", lambda *args: die())
     with pytest.raises(Killed):
-        script.main(arguments(name, base, files, tmp_path / "parts", "--save-every", 4, *more))
+        train_cut.main([*argv, "--resume"])
+    assert not (parts / "results.json").exists()
     monkeypatch.undo()
-    script.main(arguments(name, base, files, tmp_path / "parts", "--save-every", 4, "--resume", *more))
-    a, b = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    lines = [[{k: v for k, v in x.items() if k != "seconds"} for x in metrics(tmp_path / d)]
-             for d in ("whole", "parts")]
-    assert lines[0] == lines[1]
+    assert train_cut.main([*argv, "--resume"]) == 0
+    assert metrics(parts) == metrics(whole) and rounds(parts) == rounds(whole) and distance(parts, whole) == 0
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5])
-def test_a_step_of_train_cut_is_the_loss_of_the_paper(base, files, gamma):
-    """The scripts' micro-batches, weights and tiles must add up to losses.cut_loss over the whole batch."""
-    tokenizer = data.Tokenizer.from_pretrained(base)
-    model = LLaMA.from_pretrained(base, torch.float64)
-    examples = data.encode(tokenizer, data.read_judged(files["cut"]), "short", 256)[:12]
-    args = train_cut.parse(["--dtype", "float64", "--alpha", "0.7", "--lam", "1.05", "--gamma", str(gamma)])
-    pairs, good = [e for e in examples if e.judged], [e for e in examples if not e.judged]
-    assert pairs and good
-    micro = [train_cut.pair_batch(part, 1 / 12, {}, args, "cpu") for part in data.split(pairs, 2)]
-    micro += [train_cut.single_batch([(e, 1 / 12) for e in part], "cpu", "float64") for part in data.split(good, 2)]
-    total = sum(model(tokens, targets, token_loss)[0] for tokens, targets, token_loss, _ in micro)
-    total.backward()
-    fused = {k: p.grad.clone() for k, p in model.named_parameters()}
-    model.zero_grad()
-
-    def logp(prompt, response):
-        logits = model(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1:]
-        return losses.plain_logp(logits, torch.tensor(response))
-
-    judged, plain = (torch.cat([logp(p, e.response) for p, e in zip(prompts, pairs)])
-                     for prompts in ([e.judged for e in pairs], [e.prompt for e in pairs]))
-    lengths = [torch.tensor([len(e.response) for e in part]) for part in (pairs, good)]
-    flagged = losses.detect(judged, plain, 1.05)
-    assert flagged.any() and not flagged.all()
-    wanted = losses.cut_loss(judged, plain, lengths[0], torch.cat([logp(e.prompt, e.response) for e in good]),
-                             lengths[1], lam=1.05, alpha=0.7, gamma=gamma)
-    wanted.backward()
-    assert total.item() == pytest.approx(wanted.item(), abs=1e-12)
-    for key, p in model.named_parameters():
-        torch.testing.assert_close(fused[key], p.grad, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("name", MAIN)
+def test_ctrl_c_leaves_a_usable_model_and_resumes_bitwise(job, tmp_path, name):
+    """A signal that is not heard, or only by an earlier run in the same process; a step done half, or twice."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    MAIN[name](job(name, whole))
+    with at_step(2, press_ctrl_c):
+        assert MAIN[name](job(name, parts)) == 130
+    assert len(metrics(parts)) == 3 and distance(parts, whole) > 0
+    assert MAIN[name](job(name, parts, "--resume")) == 0
+    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
 
 
-def test_flags_frozen_and_all(base, files, tmp_path):
-    """`all` must flag every token of bad responses; `frozen` what the first model finds, at every step."""
-    for flags in ("all", "frozen"):
-        train_cut.main(arguments("cut", base, files, tmp_path / flags, "--flags", flags, "--lam", "1.02"))
-    assert all(x["flagged"] == 1 for x in metrics(tmp_path / "all"))
-    kept = {r["id"]: r["flags"] for r in data.read_json(tmp_path / "frozen" / "flags-0.jsonl")}
-    tokenizer = data.Tokenizer.from_pretrained(base)
-    bad = [e for e in data.encode(tokenizer, data.read_judged(files["cut"]), "short", 256) if e.judged]
-    logp = evaluate.pair_logp(LLaMA.from_pretrained(base), bad, "cpu")
-    assert kept == {e.id: losses.detect(*both, 1.02).tolist() for e, both in zip(bad, logp)}
+def test_what_may_be_resumed(job, base, tmp_path):
+    """A finished run trained again, another run's state taken up without a word, the --model written over."""
+    out = tmp_path / "out"
+    argv = job("sft", out, "--save-every", 4)
 
+    def kill(step):
+        with at_step(step, die), pytest.raises(Killed):
+            train_sft.main(argv)
 
-def test_the_main_job_in_small(base, tmp_path, capsys):
-    """The whole chain (sample, judge, detect, train, evaluate) and the fields of results.json."""
-    out = tmp_path / "cut"
-    train_cut.main(["--model", str(base), "--rounds", "2", "--steps", "2", "--samples", "20", "--split", "validation",
-                    "--device", "cpu", "--out", str(out)])
-    results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"sft", "rounds", "seconds", "peak_memory_bytes"} and len(results["rounds"]) == 2
-    for r in results["rounds"]:
-        assert set(r) == {"exact_match", "errors", "win_rate", "win_rate_se", "precision", "recall", "flagged",
-                          "seconds"}
-        assert all(0 <= r[k] <= 1 for k in ("exact_match", "win_rate", "precision", "recall", "flagged"))
-    assert "win rate vs SFT" in capsys.readouterr().out
-    assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
-
-
-def test_an_online_run_resumes_in_its_second_round(base, tmp_path, monkeypatch):
-    """The second round's samples and flags must be those of the undisturbed run."""
-    def argv(out):
-        return ["--model", str(base), "--rounds", "2", "--steps", "4", "--samples", "20", "--save-every", "2",
-                "--split", "validation", "--device", "cpu", "--flags", "frozen", "--out", str(tmp_path / out)]
-
-    train_cut.main(argv("whole"))
-    save, calls = train_cut.save_resume, []
-
-    def save_and_die(*args):
-        save(*args)
-        calls.append(args)
-        if len(calls) == 4:                                                 # steps 2, 4, end of round 1, step 2
-            raise Killed
-
-    monkeypatch.setattr(train_cut, "save_resume", save_and_die)
-    with pytest.raises(Killed):
-        train_cut.main(argv("parts"))
-    monkeypatch.undo()
-    train_cut.main([*argv("parts"), "--resume"])
-    a, b = weights(tmp_path / "whole", "cut"), weights(tmp_path / "parts", "cut")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    results = [json.loads((tmp_path / d / "results.json").read_text())["rounds"] for d in ("whole", "parts")]
-    assert [{k: v for k, v in r.items() if k != "seconds"} for r in results[0]] == \
-        [{k: v for k, v in r.items() if k != "seconds"} for r in results[1]]
-
-
-@pytest.mark.parametrize("name", ["sft", "cut", "reward"])
-def test_a_loss_that_is_not_finite_stops_the_run(name, base, files, tmp_path):
-    """A skipped NaN hides what is wrong; the message names the step and the examples."""
-    model = LLaMA.from_pretrained(base)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    model.save_pretrained(tmp_path / "nan", data.Tokenizer.from_pretrained(base))
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan.*\["):
-        SCRIPTS[name].main(arguments(name, tmp_path / "nan", files, tmp_path / "out"))
-
-
-def test_bad_input_is_one_line_before_any_model_is_loaded(base, files, tmp_path):
-    """A traceback, or an error after a twenty-minute load."""
-    record = {"instruction": "a", "input": "", "output": "b", "judgment": None}
-    cases = {
-        "not JSON": ("{", "line 1 is not JSON"),
-        "no key": (json.dumps([{"instruction": "a", "input": ""}]), "record 0 has no key 'output'"),
-        "empty": (json.dumps([record, {**record, "output": " "}]), "record 1: 'output' is empty"),
-        "judgment": (json.dumps([{**record, "judgment": 3}]), "record 0: 'judgment' is int"),
-    }
-    broken = tmp_path / "no-weights"                                        # a model of which only the files exist
-    broken.mkdir()
-    for name in ("config.json", "tokenizer.model"):
-        (broken / name).write_bytes((base / name).read_bytes())
-    (broken / "model.safetensors").write_bytes(b"not weights")
-    path = tmp_path / "data.json"
-    for text, message in cases.values():
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=message) as error:
-            train_cut.main(["--model", str(broken), "--data", str(path), "--out", str(tmp_path / "out")])
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    config = json.loads((base / "config.json").read_text())
-    for change, message in (({"model_type": "mistral"}, "model_type is 'mistral'"),
-                            ({"vocab_size": 5}, "belong together")):
-        (broken / "config.json").write_text(json.dumps({**config, **change}))
+    def refused(message, *more):
         with pytest.raises(InputError, match=message):
-            train_cut.main(["--model", str(broken), "--data", str(files["cut"]), "--out", str(tmp_path / "out")])
-    run = subprocess.run([sys.executable, str(ROOT / "train_cut.py"), "--model", str(broken), "--data", str(path)],
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "Traceback" not in run.stderr and len(run.stderr.strip().splitlines()) == 1
+            train_sft.main([*argv, *more])
+
+    refused("resume.pt: nothing to resume", "--resume")
+    kill(6)
+    refused("--lr was 0.001, is 0.002: resume with equal flags", "--resume", "--lr", "2e-3")
+    train_sft.main([*argv, "--resume", "--micro-batch-size", "1", "--save-every", "2", "--checkpoint-activations"])
+    assert len(metrics(out)) == 10 and not (out / "resume.pt").exists()
+    refused("resume.pt: nothing to resume", "--resume")
+    kill(6)
+    saved = torch.load(out / "resume.pt", weights_only=True)
+    saved["model"]["lm_head.weight"] = torch.zeros(5, 32)       # the --model's directory holds another model by now
+    torch.save(saved, out / "resume.pt")
+    refused(r"lm_head.weight was saved with shape \[5, 32\], this model has", "--resume")
+    kill(2)                                                     # a new run, killed before its first save
+    assert len(metrics(out)) == 2 and not (out / "resume.pt").exists()
+    refused("is the --model: the run would overwrite what it starts from", "--out", f"{base}/../{base.name}")
 
 
-def test_ranks_must_divide_the_batch(base, files, tmp_path, monkeypatch):
-    """A batch that cannot be shared evenly is refused with both numbers and a remedy."""
-    monkeypatch.setattr(train_sft, "setup_distributed", lambda device: (0, 3, torch.device("cpu")))
-    with pytest.raises(InputError, match="--batch-size 8 is not a multiple of the 3 ranks: use 6"):
-        train_sft.main(arguments("sft", base, files, tmp_path / "out"))
+def script(argv, **more):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_cut.py"), *argv], env=ENVIRONMENT, text=True, **more)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(base, files, tmp_path):
-    """An interrupted run must be usable as it is, and resumable to the weights of an undisturbed one."""
-    argv = [a if a != "10" else "300" for a in arguments("sft", base, files, tmp_path / "out")]
-    command = [sys.executable, str(ROOT / "train_sft.py")]
-    one = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}     # sums depend on the number of threads
-    run = subprocess.Popen([*command, *argv], stdout=subprocess.PIPE, **one)
-    log = tmp_path / "out" / "metrics.jsonl"
-    while run.poll() is None and not (log.is_file() and log.read_text().count("\n") > 5):
-        time.sleep(0.02)
+def test_kill_9_at_any_moment_and_ctrl_c(job, tmp_path):
+    """Twenty kills of one run that saves after every step, each second one in the middle of a save, then Ctrl-C: it has
+    to go on each time and to end at the weights of an undisturbed run, bit for bit."""
+    whole, parts, random_numbers = tmp_path / "whole", tmp_path / "parts", random.Random(0)
+    argv = job("cut", parts, "--save-every", 1, "--steps", 400)
+    finish(script([*argv, "--out", str(whole)]))
+    reached, torn_saves = [0], 0
+    for kill in range(21):
+        resume = ["--resume"] if kill else []
+        run = script([*argv, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        log = parts / "metrics.jsonl"
+        while not log.is_file() or log.read_text().count("\n") <= reached[-1] + 2:
+            assert run.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        if kill == 20:
+            break
+        time.sleep(random_numbers.random() * 0.2)
+        while kill % 2 and run.poll() is None and not list(parts.glob("resume.pt.tmp-*")):
+            pass
+        run.kill()
+        run.communicate(timeout=60)
+        torn_saves += bool(list(parts.glob("resume.pt.tmp-*")))
+        reached.append(torch.load(parts / "resume.pt", weights_only=True)["state"]["step"])
     run.send_signal(signal.SIGINT)
     assert "stopped: go on with --resume" in run.communicate(timeout=60)[0] and run.returncode == 130
-    assert LLaMA.from_pretrained(tmp_path / "out")
-    whole = [a if a != str(tmp_path / "out") else str(tmp_path / "whole") for a in argv]
-    for more in ([*argv, "--resume"], whole):
-        subprocess.run([*command, *more], check=True, timeout=120, stdout=subprocess.DEVNULL, **one)
-    a, b = weights(tmp_path / "whole", "sft"), weights(tmp_path / "out", "sft")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert distance(parts, whole) > 0, "a model that opens"
+    finish(script([*argv, "--resume"]))
+    print(f"20 kills, {torn_saves} of them in the middle of a save, after steps {reached[1:]}")
+    assert torn_saves > 3 and reached == sorted(reached) and not list(parts.glob("*.tmp-*"))
+    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+def first_step(main, argv):
+    """Loss and gradients of the first step of a run, in float64: {"": loss, name: gradient}."""
+    found, update = {}, Run.update
+
+    def record(run, loss, *rest):
+        found.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+        found[""] = torch.tensor(loss, dtype=torch.float64)
+        return update(run, loss, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", record)
+        main([*argv, "--dtype", "float64", "--steps", "1"])
+    return found
+
+
+def brute_force(base, records, hindsight=False, **settings):
+    """losses.cut_loss of all records at once and its gradients, from full logits of one sequence at a time."""
+    model = LLaMA.from_pretrained(base, torch.float64)
+    examples = data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256, hindsight)
+    bad, good = [e for e in examples if e.judged], [e for e in examples if not e.judged]
+
+    def logp(part, prompt):
+        rows = [torch.zeros(0, dtype=torch.float64)]
+        for e in part:
+            ids, response = getattr(e, prompt), e.response
+            logits = model(torch.tensor([ids + response[:-1]]))[0, len(ids) - 1:]
+            rows.append(losses.plain_logp(logits, torch.tensor(response)))
+        return torch.cat(rows), torch.tensor([len(e.response) for e in part], dtype=torch.long)
+
+    judged, lengths = logp(bad, "judged")
+    loss = losses.cut_loss(judged, logp(bad, "prompt")[0], lengths, *logp(good, "prompt"), **settings)
+    loss.backward()
+    return {"": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+PAPER = {"lam": 1.05, "alpha": 0.7}
+
+
+@pytest.mark.parametrize("name, flags, settings", [
+    ("cut", [], PAPER),
+    ("cut", ["--gamma", 0.5], {**PAPER, "gamma": 0.5}),
+    ("cut", ["--detect", "frozen"], PAPER),
+    ("cut", ["--detect", "all"], {**PAPER, "lam": 1e-300}),
+    ("cut", ["--recipe", "hindsight"], {"hindsight": True}),
+    ("cut", ["--recipe", "expert"], {}),
+    ("sft", [], {"form": "released"})])             # of good responses only: the mean over all tokens
+def test_the_first_step_is_the_papers_loss(job, base, tmp_path, name, flags, settings):
+    """Equations 5 to 7: micro-batches, weights and tiles that do not add up to loss and gradient of the whole batch; a
+    recipe that trains on other records."""
+    if name == "cut":
+        flags = [*flags, "--alpha", 0.7, "--lam", 1.05]
+    argv = job(name, tmp_path / "out", "--batch-size", 33, *flags)
+    found = first_step(MAIN[name], argv)
+    records = data.read_json(argv[3])
+    if "expert" in flags:
+        records = [r for r in records if r["judgment"] is None]
+    torch.testing.assert_close(found, brute_force(base, records, **settings), rtol=0, atol=1e-12)
+    if settings is PAPER:
+        assert 0.05 < metrics(tmp_path / "out")[0]["flagged"] < 0.95, "a detector that decides nothing"
+
+
+@pytest.mark.parametrize("recipe, key", [("corrected", "correction"), ("sft", "demonstration")])
+def test_recipes_on_other_answers(base, tmp_path, recipe, key, short_answers):
+    """The sampled answer trained on in place of the right one."""
+    argv = online(base, tmp_path, "--recipe", recipe, "--rounds", 1, "--batch-size", 20)
+    found = first_step(train_cut.main, argv)
+    records = [{**r, "output": r[key], "judgment": None} for r in data.read_json(tmp_path / "round-0.jsonl")]
+    torch.testing.assert_close(found, brute_force(base, records), rtol=0, atol=1e-12)
+
+
+def test_detection_is_live_frozen_or_all(job, base, tmp_path):
+    """Frozen flags that follow the model, live ones that do not, or a token that `all` leaves out."""
+    flagged = {}
+    for detect in ("live", "frozen", "all"):
+        out, four_steps = tmp_path / detect, ("--lr", 1e-2, "--batch-size", 33, "--steps", 4)
+        train_cut.main(job("cut", out, "--detect", detect, "--lam", 1.02, *four_steps))
+        flagged[detect] = [line["flagged"] for line in metrics(out)]
+    kept = {r["id"]: r["flags"] for r in data.read_json(tmp_path / "frozen" / "flags-0.jsonl")}
+    records = data.read_judged(job("cut", "")[3])
+    bad = [e for e in data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256) if e.judged]
+    logp = evaluate.judged_and_plain_logp(LLaMA.from_pretrained(base), bad, "cpu")
+    assert kept == {e.id: losses.detect(*both, 1.02).tolist() for e, both in zip(bad, logp)}
+    flags = sum(kept.values(), [])
+    assert flagged["frozen"] == [sum(flags) / len(flags)] * 4 and flagged["all"] == [1] * 4
+    assert flagged["live"][0] == flagged["frozen"][0] and len(set(flagged["live"])) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole jobs
+
+
+def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, short_answers):
+    """python train_cut.py: train the SFT model, then sample, judge, detect, train and measure, stopped by Ctrl-C in
+    each of the two runs; the fields of results.json."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_sft.DEFAULTS, "steps", (None, 4))
+    argv = ["--device", "cpu", "--split", "validation", "--rounds", "2", "--steps", "2", "--samples", "20"]
+    with at_step(2, press_ctrl_c), pytest.raises(SystemExit) as stopped:
+        train_cut.main(argv)
+    assert stopped.value.code == 130
+    with at_step(1, press_ctrl_c, round=1):
+        assert train_cut.main(argv) == 130
+    out = tmp_path / "out" / "cut-0"
+    assert len(metrics(tmp_path / "out" / "sft-0-corrects")) == 4 and not (out / "results.json").exists()
+    assert train_cut.main([*argv, "--resume"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"sft", "rounds", "seconds", "peak_memory_bytes"} and len(results["rounds"]) == 2
+    fractions = {"exact_match", "win_rate", "precision", "recall", "flagged"}
+    for found in results["rounds"]:
+        assert set(found) == fractions | {"errors", "win_rate_se", "seconds"}
+        assert all(0 <= found[key] <= 1 for key in fractions)
+    printed = capsys.readouterr().out
+    assert "win rate vs SFT" in printed and "in brackets, the tokens" in printed
+    assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
+
+
+def test_offline_rounds_are_sampled_from_the_first_model(base, tmp_path, short_answers):
+    """Responses of a later round from a model that has been trained."""
+    second = {}
+    for name, more in (("offline", ["--offline"]), ("online", []), ("untrained", ["--lr", 0])):
+        train_cut.main(online(base, tmp_path / name, "--steps", 1, *more))
+        second[name] = data.read_json(tmp_path / name / "round-1.jsonl")
+    assert second["offline"] == second["untrained"] != second["online"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CUT's published files")
-def test_cuts_own_file_on_a_llama(tmp_path, capsys):
-    """The published counts, on a LLaMA with LLaMA's tokenizer; trains, saves and reloads."""
-    torch.manual_seed(0)
+def test_cuts_published_file_on_a_llama(tmp_path, capsys):
+    """The published counts, with LLaMA's tokenizer and the paper's defaults; trains, saves and reloads."""
     tokenizer = data.Tokenizer((SHARED / "llama" / "tokenizer.model").read_bytes())
-    LLaMA(Config(vocab_size=32000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=1, head_dim=8)).save_pretrained(tmp_path / "llama", tokenizer)
-    file = SHARED / "cut" / "train-alpaca-sample-iter1.json"
-    train_cut.main(["--model", str(tmp_path / "llama"), "--data", str(file),
+    config = Config(vocab_size=32000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=8)
+    LLaMA(config).save_pretrained(tmp_path / "llama", tokenizer)
+    train_cut.main(["--model", str(tmp_path / "llama"), "--data", str(SHARED / "cut" / "train-alpaca-sample-iter1.json"),
                     "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in printed
     assert "training on 287 negatives and 71 positives" in printed
     assert json.loads((tmp_path / "out" / "config.json").read_text())["prompt_format"] == "cut"
-    before, after = weights(tmp_path / "llama", "cut"), weights(tmp_path / "out", "cut")
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert distance(tmp_path / "llama", tmp_path / "out") > 0
 
 
-def test_a_finished_run_can_be_resumed(base, tmp_path, capsys):
-    """A kill after the last round but before results.json must be completed, not end in a traceback."""
-    argv = ["--model", str(base), "--rounds", "1", "--steps", "2", "--samples", "20", "--split", "validation",
-            "--device", "cpu", "--out", str(tmp_path / "out")]
-    train_cut.main(argv)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    (tmp_path / "out" / "results.json").unlink()
-    train_cut.main([*argv, "--resume"])
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rounds"] == results["rounds"]
-    assert "in brackets" in capsys.readouterr().out
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
-def test_what_must_not_be_resumed_or_written_over(base, files, tmp_path):
-    """Another run's state taken up silently; the base model overwritten by what was trained from it."""
-    argv = arguments("cut", base, files, tmp_path / "out", "--save-every", 4)
-    with pytest.raises(InputError, match="nothing to resume"):
-        train_cut.main([*argv, "--resume"])
-    train_cut.main(argv)
-    with pytest.raises(InputError, match="--seed was 0, is 1"):
-        train_cut.main([*argv, "--resume", "--seed", "1"])
-    with pytest.raises(InputError, match="is the --model"):
-        train_cut.main(arguments("cut", base, files, base))
-
-
-def test_the_first_ctrl_c_counts_after_an_inner_run(tmp_path, monkeypatch):
-    """The SFT run that train_cut.py starts within itself must not keep the signal for itself."""
-    order = []
-    monkeypatch.setattr(train_cut, "StopSignal", lambda: order.append("cut"))
-    monkeypatch.setattr(train_sft, "built_in", lambda *args: order.append("sft") or str(tmp_path / "none"))
-    with pytest.raises(InputError):                     # no such model: found after the inner run, before the signal
-        train_cut.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert order == ["sft"]
-
-
-def test_detection_is_made_without_dropout(base, files):
-    """Dropout draws different masks for the two readings, and tokens are flagged by chance."""
+@pytest.mark.parametrize("name", MAIN)
+def test_a_loss_that_is_not_finite_stops_the_run(job, base, tmp_path, name):
+    """A NaN that is skipped or trained on; the message names the step and the examples."""
     model = LLaMA.from_pretrained(base)
-    add_lora(model, 4, 16, 0.5)
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B.weight)
-    tokenizer = data.Tokenizer.from_pretrained(base)
-    bad = [e for e in data.encode(tokenizer, data.read_judged(files["cut"]), "short", 256) if e.judged]
-    model.train()
-    one, two = evaluate.pair_logp(model, bad, "cpu"), evaluate.pair_logp(model, bad, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(one, two)) and model.training
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan", data.Tokenizer.from_pretrained(base))
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan; examples \['[\w-]+', "):
+        MAIN[name](job(name, tmp_path / "out", "--model", tmp_path / "nan"))
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--lam", "0"], ["--seed", "-1"], ["--steps", "0"],
-                                   ["--data", "x.json", "--recipe", "corrected"]])
+RECORD = {"instruction": "a", "input": "", "output": "b", "judgment": None}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "line 1 is not JSON"),
+    (json.dumps([{"instruction": "a", "input": ""}]), "record 0 has no key 'output'"),
+    (json.dumps([RECORD, {**RECORD, "output": " "}]), "record 1: 'output' is empty"),
+    (json.dumps([{**RECORD, "judgment": 3}]), "record 0: 'judgment' is int")])
+def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path, monkeypatch, text, message):
+    """A traceback, or an error after a load of twenty minutes."""
+    monkeypatch.setattr(LLaMA, "from_pretrained", None)
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        train_cut.main(["--model", str(base), "--data", str(path), "--out", str(tmp_path / "out")])
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_input_error_has_no_traceback(base, tmp_path):
+    """As a user sees it: one line and exit code 1."""
+    run = script(["--model", str(base), "--data", str(tmp_path / "none")], stderr=subprocess.PIPE)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [
+    "--batch-size 0", "--lam 0", "--seed -1", "--steps 0", "--alpha -1", "--warmup 2", "--detect no",
+    "--data x.json --recipe corrected", "--data x.json --replay 3"])
 def test_values_out_of_range_are_refused_by_the_parser(flags):
-    """math domain error, division by zero or KeyError some minutes later."""
+    """A math domain error, a division by zero or a KeyError some minutes later."""
     with pytest.raises((SystemExit, InputError)):
-        train_cut.parse(flags)
+        train_cut.parse(flags.split())
+
+
+def test_a_batch_has_to_be_a_multiple_of_the_ranks(job, tmp_path, monkeypatch):
+    """Ranks with unequal parts of every batch; the message names a size that works."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(train_sft, "setup_device", torch.device)            # it would wait for the other two
+    for size, works in ((8, 6), (2, 3)):
+        with pytest.raises(InputError, match=f"--batch-size {size} is not a multiple of the 3 ranks: use {works}"):
+            train_sft.main(job("sft", tmp_path / "out", "--batch-size", size))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def estimated(config, dtype, tokens, lora_rank=0, **more):
+    model = on_meta(LLaMA, config).to(dtype)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    return memory_estimate(model, tokens, **more)
+
+
+def train_on_random_tokens(config, dtype, passes, lora_rank, checkpoint, autocast):
+    """Two steps of two micro-batches each, with 1,024 tokens, 600 of them in responses."""
+    model = on_meta(LLaMA, config).to(dtype).to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 0.01)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    set_execution(model, torch.device("cpu"), checkpoint, False, autocast)
+    optimizer = make_optimizer(model)
+    tokens = torch.randint(0, config.vocab_size, (2 // passes, 512))
+    targets = torch.full_like(tokens, IGNORE)
+    targets[:, -300:] = tokens[:, -300:]
+
+    def token_loss(logp):
+        if passes == 1:
+            return losses.nll_token_loss(logp)
+        return losses.cut_token_loss(*logp, losses.detect(*logp, 1.1), 1.0)
+
+    for step in range(4):
+        model([tokens] * passes, [targets] * passes, token_loss)[0].backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype, lora_rank, passes, autocast", [
+    (torch.float32, 0, 1, False), (torch.float32, 0, 1, True), (torch.bfloat16, 0, 1, False),
+    (torch.bfloat16, 16, 1, False), (torch.bfloat16, 16, 2, False)])
+def test_the_memory_estimate_is_within_15_percent(dtype, lora_rank, passes, autocast, checkpoint):
+    """A model of 69 M parameters: all weights and adapters, one pass and CUT's two, against the peak of live tensors in
+    the profiler's record of allocations."""
+    config = Config(vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
+                    num_attention_heads=12, num_key_value_heads=12, head_dim=64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train_on_random_tokens(config, dtype, passes, lora_rank, checkpoint, autocast)
+    live = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    estimate = estimated(config, dtype, 1024, lora_rank, checkpoint=checkpoint, autocast=autocast)
+    print(f"estimate {sum(estimate.values()) / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB", estimate)
+    assert sum(estimate.values()) == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("hidden, intermediate, layers, lora, full", [(4096, 11008, 32, 15, 110),
+                                                                      (5120, 13824, 40, 28, 211)])
+def test_memory_estimates_of_7b_and_13b(hidden, intermediate, layers, lora, full):
+    """README's table in GB, of one pair of 1,024 tokens in two passes: LoRA in bf16, and all weights in fp32. Nothing
+    of that size may be allocated to find out."""
+    heads = hidden // 128
+    config = Config(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                    num_attention_heads=heads, num_key_value_heads=heads, head_dim=128)
+    small = estimated(config, torch.bfloat16, 2048, 16, checkpoint=True)
+    large = estimated(config, torch.float32, 2048, checkpoint=True)
+    assert sum(small.values()) / 1e9 == pytest.approx(lora, rel=0.02)
+    assert sum(large.values()) / 1e9 == pytest.approx(full, rel=0.02)
+    assert estimated(config, torch.bfloat16, 2048, 16)["activations"] > 10 * small["activations"]
+    assert large["optimizer"] == 2 * large["gradients"] == 2 * large["weights"]
+    assert estimated(config, torch.float32, 2048, ranks=8)["optimizer"] == large["optimizer"] // 8
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(job, tmp_path, monkeypatch, capsys):
+    """Out of memory after a load of twenty minutes, in a message that names no flag."""
+    monkeypatch.setattr(model_file, "available_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(LLaMA, "from_pretrained", None)
+    for name, main in MAIN.items():
+        with pytest.raises(InputError, match=r"takes about [\d.]+ MB.* 0.0 GB are free on cpu: lower --micro-batch"):
+            main(job(name, tmp_path / "out"))
+        assert "memory estimate: " in capsys.readouterr().out
+
+
+def test_the_largest_micro_batch_is_that_of_the_data(job, base):
+    """An estimate of other shapes than training will make: a pass forgotten, or good responses counted once."""
+    records = data.read_judged(job("cut", "")[3])
+    examples = data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256)
+    args, sizes = train_cut.parse([]), []
+    for e in examples:
+        if e.judged:
+            tokens, *_ = train_cut.judged_batch([(e, 1.0)] * 3, None, args, "cpu")
+        else:
+            tokens = [train_cut.good_batch([(e, 1.0)] * 6, args, "cpu")[0]]
+        sizes.append(sum(t.numel() for t in tokens))
+        assert sizes[-1] <= train_cut.largest_micro_batch([e], 3, 256) <= sizes[-1] + 6
+    assert max(sizes) <= train_cut.largest_micro_batch(examples, 3, 256) <= max(sizes) + 6
+
+
+LOAD = """
+import sys, torch
+from model import LLaMA
+model = LLaMA.from_pretrained(sys.argv[1], torch.bfloat16)
+with torch.no_grad():
+    total = sum(p.max().item() for p in model.parameters())         # every page is read
+    model.lm_head.weight.add_(1)                                    # and some are written
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_a_1b_checkpoint_loads_without_a_second_copy(tmp_path):
+    """1.1 B parameters in bf16: anonymous memory far below the file's size, and a file that training never touches."""
+    shape = Config(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                   num_attention_heads=32, num_key_value_heads=4, head_dim=64)
+    model = on_meta(LLaMA, shape).to(torch.bfloat16).to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(0.01)
+    model.save_pretrained(tmp_path)
+    del model
+    path, peak = tmp_path / "model.safetensors", 0
+    before = path.stat()
+    run = subprocess.Popen([sys.executable, "-c", LOAD, str(tmp_path)], env=ENVIRONMENT)
+    while run.poll() is None:
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        if "RssAnon:" in status:                                            # not in that of a process that has ended
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+        time.sleep(0.005)
+    print(f"{peak / 1e9:.2f} GB of anonymous memory, Python's own included, for {before.st_size / 1e9:.2f} GB")
+    assert run.returncode == 0 and before.st_size > 2.19e9 and 0 < peak < 0.25 * before.st_size
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert model_file.read_weights(tmp_path)["lm_head.weight"].max() < 0.02, "a written page reached the file"
+    path.unlink()
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_runs_without_one():
+    """A bench that is first found broken on the day when there is a GPU."""
+    pytest.importorskip("peft")
+    command, start = [sys.executable, str(ROOT / "tests" / "bench_gpu.py")], time.time()
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "no GPU" in printed and "ours / plain: tokens/s" in printed and time.time() - start < 60
+
+
+if __name__ == "__main__":
+    data.run_main(run_jobs)
