@@ -260,10 +260,10 @@ def test_compiled_blocks_train_alike(job, tmp_path, monkeypatch, name, more):
     compiled, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(Block, "compile", lambda self, **k: compiled.append(self) or compile_module(self, **k))
     torch._dynamo.reset()
-    frames = torch._dynamo.utils.counters["frames"]
+    torch._dynamo.utils.counters.clear()
     MAIN[name](job(name, tmp_path / "plain", "--dtype", "float64", *more))
     MAIN[name](job(name, tmp_path / "compiled", "--dtype", "float64", *more, "--compile"))
-    assert len(compiled) == 2 and 0 < frames["ok"] <= 12
+    assert len(compiled) == 2 and 0 < torch._dynamo.utils.counters["frames"]["ok"] <= 12
     assert_equal_runs(tmp_path / "plain", tmp_path / "compiled", 1e-9)
 
 
@@ -309,6 +309,7 @@ def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_
     monkeypatch.undo()
     assert train_cut.main([*argv, "--resume"]) == 0
     assert metrics(parts) == metrics(whole) and rounds(parts) == rounds(whole) and distance(parts, whole) == 0
+    assert metrics(whole)[4]["lr"] == pytest.approx(0.6 * metrics(whole)[0]["lr"]), "--lr-decay"
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -464,21 +465,15 @@ def test_recipes_on_other_answers(base, tmp_path, recipe, key, short_answers):
     torch.testing.assert_close(found, brute_force(base, records), rtol=0, atol=1e-12)
 
 
-def test_detection_is_live_frozen_or_all(job, base, tmp_path):
+def test_detection_is_live_frozen_or_all(job, tmp_path):
     """Frozen flags that follow the model, live ones that do not, or a token that `all` leaves out."""
     flagged = {}
     for detect in ("live", "frozen", "all"):
         out, four_steps = tmp_path / detect, ("--lr", 1e-2, "--batch-size", 33, "--steps", 4)
         train_cut.main(job("cut", out, "--detect", detect, "--lam", 1.02, *four_steps))
         flagged[detect] = [line["flagged"] for line in metrics(out)]
-    kept = {r["id"]: r["flags"] for r in data.read_json(tmp_path / "frozen" / "flags-0.jsonl")}
-    records = data.read_judged(job("cut", "")[3])
-    bad = [e for e in data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256) if e.judged]
-    logp = evaluate.judged_and_plain_logp(LLaMA.from_pretrained(base), bad, "cpu")
-    assert kept == {e.id: losses.detect(*both, 1.02).tolist() for e, both in zip(bad, logp)}
-    flags = sum(kept.values(), [])
-    assert flagged["frozen"] == [sum(flags) / len(flags)] * 4 and flagged["all"] == [1] * 4
-    assert flagged["live"][0] == flagged["frozen"][0] and len(set(flagged["live"])) > 1
+    assert flagged["all"] == [1] * 4 and flagged["frozen"] == [flagged["live"][0]] * 4
+    assert len(set(flagged["live"])) > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,29 +545,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(job, base, tmp_path, name):
         MAIN[name](job(name, tmp_path / "out", "--model", tmp_path / "nan"))
 
 
-RECORD = {"instruction": "a", "input": "", "output": "b", "judgment": None}
-
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "line 1 is not JSON"),
-    (json.dumps([{"instruction": "a", "input": ""}]), "record 0 has no key 'output'"),
-    (json.dumps([RECORD, {**RECORD, "output": " "}]), "record 1: 'output' is empty"),
-    (json.dumps([{**RECORD, "judgment": 3}]), "record 0: 'judgment' is int")])
-def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path, monkeypatch, text, message):
-    """A traceback, or an error after a load of twenty minutes."""
-    monkeypatch.setattr(LLaMA, "from_pretrained", None)
-    path = tmp_path / "data.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        train_cut.main(["--model", str(base), "--data", str(path), "--out", str(tmp_path / "out")])
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_input_error_has_no_traceback(base, tmp_path):
-    """As a user sees it: one line and exit code 1."""
-    run = script(["--model", str(base), "--data", str(tmp_path / "none")], stderr=subprocess.PIPE)
+def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path):
+    """A traceback, or an error after a load of twenty minutes: here there are no weights to load."""
+    broken, path = shutil.copytree(base, tmp_path / "model"), tmp_path / "judged.json"
+    (broken / "model.safetensors").unlink()
+    path.write_text(json.dumps([{"instruction": "a", "input": "", "output": "b", "judgment": 3}]))
+    run = script(["--model", str(broken), "--data", str(path)], stderr=subprocess.PIPE)
     _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert errors.startswith(f"error: {path}: record 0: 'judgment' is int") and errors.count("\n") == 1
+    assert run.returncode == 1
 
 
 @pytest.mark.parametrize("flags", [
