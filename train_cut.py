@@ -40,7 +40,7 @@ from data import (
     read_judged, run_main, write_json, write_json_lines)
 from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
-from losses import cut_token_loss, detect, detection_sums, nll_token_loss
+from losses import cut_step_loss, detect, detection_sums, find_flagged, nll_token_loss
 from model import (
     DTYPES, LLaMA, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
     read_config, share, world_size)
@@ -130,18 +130,6 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
         run.log(loss=loss, **detection_means(run.totals()), lr=lr, grad_norm=norm)
-
-
-def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
-    """Weighted CUT loss of each token: logp (2, n), after (x, j-) and after x; weight, flagged (n,) -> (n,)."""
-    judged, plain = logp
-    flagged = find_flagged(logp, lam, flagged)
-    return weight * cut_token_loss(judged, plain, flagged, alpha, gamma)
-
-
-def find_flagged(logp, lam, flagged=None):
-    """The flagged tokens: decided beforehand if given, else by the model as it is now (live). -> (n,) bool."""
-    return detect(logp[0], logp[1], lam) if flagged is None else flagged
 
 
 def judged_batch(part, flagged, args, device):
