@@ -323,9 +323,10 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
         """As LLaMA.from_pretrained. The head is in fp32 at least, the precision that it was trained in."""
         config, _ = read_config(directory)
-        model = load_into(on_meta(cls, config), read_weights(directory), directory, dtype, device)
+        weights = read_weights(directory)
+        model = load_into(on_meta(cls, config), weights, directory, dtype, device)
         if dtype in HALF:
-            model.score.float()
+            model.score.weight = nn.Parameter(weights["score.weight"].to(device, torch.float32))
         return model
 
     def save_pretrained(self, directory, tokenizer=None, extra=None):

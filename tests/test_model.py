@@ -671,6 +671,14 @@ def test_models_on_one_backbone_leave_each_other_unchanged():
     assert torch.equal(policy(tokens), logits)
 
 
+def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
+    """Rewards in bf16, in which close responses tie, or a head that is rounded when it is loaded."""
+    reward = RewardModel.from_backbone(ours(torch.bfloat16))
+    assert reward(draw_ids(1, 4), torch.tensor([4])).dtype == reward.score.weight.dtype == torch.float32
+    reward.save_pretrained(tmp_path)
+    same_weights(reward, RewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
 
