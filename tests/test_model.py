@@ -494,14 +494,19 @@ def test_prefill_and_decode_by_hand_are_generate(talker, first):
         return sample_token(logits, u, temperature=1.0)
 
     cache, hidden = M.prefill(talker, PROMPTS, steps, n)
-    begun = M.decode(talker, cache, hidden, u[:, :first], -1, choose)
+    samples = M.decode(talker, cache, hidden, u[:, :first], EOS, choose)
+    last = torch.tensor([ids[-1] for ids in samples])
+    cache.select((last[cache.rows] != EOS).nonzero().squeeze(1))           # finished rows that are still there
+    left = cache.rows
+    assert (first > 1) == (len(left) < len(samples))
     cache.begin(1)                                                         # the last token is not in the cache yet
-    hidden = talker.model(torch.tensor(begun)[:, -1:], cache)[:, -1]
+    hidden = talker.model(last[left].unsqueeze(1), cache)[:, -1]
     cache.lengths += 1
-    ended = M.decode(talker, cache, hidden, u[:, first:], -1, choose)
-    whole = [a + b for a, b in zip(begun, ended)]
-    expected = generate(talker, PROMPTS, steps, -1, n=n, seed=1)
-    assert [whole[i:i + n] for i in range(0, len(whole), n)] == expected
+    ended = M.decode(talker, cache, hidden, u[left, first:], EOS, choose)
+    for row, ids in zip(left, ended):
+        samples[row] += ids
+    expected = generate(talker, PROMPTS, steps, EOS, n=n, seed=1)
+    assert [samples[i:i + n] for i in range(0, len(samples), n)] == expected
 
 
 def frequencies(p, temperature=1.0, count=20000, **kwargs):
