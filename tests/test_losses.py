@@ -61,9 +61,10 @@ def test_eq5_detect(vector, lam, flagged):
 
 
 def test_eq5_detect_at_the_limits():
-    """A flag for equal probabilities at lambda 1 or for 0/0, or none for p/0."""
+    """A flag for equal probabilities at lambda 1 or for 0/0, none for p/0, or lambda taken for another number."""
     judged, plain = logp(.5, 0, .5), logp(.5, 0, 0)
     assert losses.detect(judged, plain, 1.0).tolist() == [False, False, True]
+    assert losses.detect(logp(.549, .551), logp(.5, .5), 1.1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("vector, flagged, alpha, means", [
