@@ -323,9 +323,10 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
         """As LLaMA.from_pretrained. The head is in fp32 at least, the precision that it was trained in."""
         config, _ = read_config(directory)
-        model = load_into(on_meta(cls, config), read_weights(directory), directory, dtype, device)
+        weights = read_weights(directory)
+        model = load_into(on_meta(cls, config), weights, directory, dtype, device)
         if dtype in HALF:
-            model.score.float()
+            model.score.weight = nn.Parameter(weights["score.weight"].to(device, torch.float32))
         return model
 
     def save_pretrained(self, directory, tokenizer=None, extra=None):
@@ -502,6 +503,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.rows = torch.arange(rows, device=device)   # the numbers of the rows that are still here
         self.end = 0                                    # the longest row; a Python int spares a device sync a step
         self.positions = None
 
@@ -525,7 +527,7 @@ class KVCache:
         """Keeps the given rows. An index may repeat, which is how n samples share one prefill."""
         self.k = self.k[:, rows]                                            # one after the other: each is a copy
         self.v = self.v[:, rows]
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[rows]
 
 
 def sample_token(logits, u, temperature, top_k=0, top_p=1.0):
@@ -579,16 +581,17 @@ def prefill(model, prompts, max_new_tokens, n=1):
 def decode(model, cache, hidden, u, eos, choose, progress=None):
     """Samples one token after the other until every row has finished (EOS) or u (rows, steps) has no more columns.
 
-    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists.
+    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists. To go
+    on with the same cache: cache.rows says which rows it still holds, and the last token of each is not in it yet.
     """
     weight = model.lm_head.weight
     rows, steps = u.shape
     out = torch.full((rows, steps), eos, device=weight.device)
-    row_of_sample = torch.arange(rows, device=weight.device)                # the rows still in the batch
+    cache.rows = torch.arange(rows, device=weight.device)                   # the rows still in the batch
     finished = torch.zeros(rows, dtype=torch.bool, device=weight.device)
     for t in range(steps):
-        token = choose(hidden @ weight.T, u[row_of_sample, t])              # (rows,)
-        out[row_of_sample, t] = torch.where(finished, eos, token)
+        token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
+        out[cache.rows, t] = torch.where(finished, eos, token)
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):
@@ -596,7 +599,7 @@ def decode(model, cache, hidden, u, eos, choose, progress=None):
         # Removing finished rows copies the cache of the others, so it waits until an eighth of them has finished.
         if count * 8 >= len(finished):
             stay = (~finished).nonzero().squeeze(1)
-            row_of_sample, token, finished = row_of_sample[stay], token[stay], finished[stay]
+            token, finished = token[stay], finished[stay]
             cache.select(stay)
             if progress:
                 progress(count)
