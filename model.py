@@ -591,7 +591,7 @@ def decode(model, cache, hidden, u, eos, choose, progress=None):
     finished = torch.zeros(rows, dtype=torch.bool, device=weight.device)
     for t in range(steps):
         token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
-        out[cache.rows, t] = torch.where(finished, eos, token)
+        out[cache.rows, t] = token                          # what follows a row's first EOS is removed at the end
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):
