@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -685,13 +686,15 @@ def test_the_four_models_of_ppo_share_one_backbone(small):
         assert (r.logp - r.ref_logp).abs().max() > 1e-3 and (r.values == 0).all()         # the critic's head is 0
 
 
-def test_a_reward_model_without_adapters_is_held_beside_the_policy(small, capsys):
-    """A reward model of all weights taken for the policy's backbone, or not counted in the memory estimate."""
-    estimates = []
-    for more in ([], ["--lora-rank", 4, "--reward", small.whole], ["--lora-rank", 4]):
+def test_a_reward_model_without_adapters_is_held_beside_the_policy(small, tmp_path, capsys):
+    """A reward model of all weights, or adapters of another model, taken for the policy's backbone, or not counted in
+    the memory estimate."""
+    estimates, other = [], shutil.copytree(small.base, tmp_path / "other")
+    lora = ["--lora-rank", 4]
+    for more in ([], [*lora, "--reward", small.whole], [*lora, "--model", other], lora):
         estimates.append(train_ppo.policy_memory(train_ppo.parse(flags(small, "ppo", "none", *more)))["weights"])
     one = sum(p.nbytes for p in LLaMA.from_pretrained(small.base).parameters())
-    assert [round(estimate / one) for estimate in estimates] == [4, 2, 1]
+    assert [round(estimate / one) for estimate in estimates] == [4, 2, 2, 1]
     _, models, _ = load(small, "ppo", "none", "--lora-rank", 4, "--reward", small.whole)
     assert models.reference is None and "has no adapters of" in capsys.readouterr().out
     three = (models.policy, models.reward, models.trained.critic)
