@@ -994,16 +994,19 @@ def memory_estimate(model, tokens, checkpoint=False, autocast=False, ranks=1):
     block = tokens * (stream * size + matmul * matmul_size)
     if autocast:                                                            # a bf16 copy of the block's weights
         block += 2 * sum(p.numel() for p in model.model.layers[0].parameters())
-    layers = c.num_hidden_layers
-    activations = tokens * layers * c.hidden_size * size + block if checkpoint else layers * block
     tiles = 4 * 256 * c.vocab_size * 4                                      # logits of two tiles in two passes, fp32
     copies = (size < 4) + 2 * head.requires_grad                            # of the head: in fp32, and its gradient
+    head_work = tiles + copies * 4 * head.numel()
+    layers = c.num_hidden_layers
+    activations = layers * block
+    if checkpoint:                                                          # a block is recomputed when the head is done
+        activations = tokens * layers * c.hidden_size * size + max(0, block - head_work)
     return {
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": trained,
         "optimizer": 2 * trained // ranks,
         "activations": activations,
-        "head": tiles + copies * 4 * head.numel(),
+        "head": head_work,
     }
 
 
