@@ -412,7 +412,7 @@ def compute_advantages(rollouts, beta, scale, eos, args):
     return found, statistics
 
 
-def ppo_update(models, model, rollouts, run, lr, step, task, args, device):
+def ppo_update(models, model, rollouts, run, lr, step, task, args):
     """PPO: advantages, then K epochs of clipped updates over the step's rollouts, in batches of --batch-size.
 
     Every quantity belongs to a response token: (n,) in a rollout, (N,) in a micro-batch. logp, values, advantages and
@@ -432,11 +432,11 @@ def ppo_update(models, model, rollouts, run, lr, step, task, args, device):
         micro = chunks(longest_first(share(batch)), args.micro_batch_size)
         for i, part in enumerate(micro):
             model.require_backward_grad_sync = i == len(micro) - 1
-            tokens, targets = collate([(r.prompt, r.response) for r in part], device)     # (b, T), (b, T)
-            old_logp = torch.cat([r.logp for r in part]).to(device)                       # (N,)
-            old_values = torch.cat([r.values for r in part]).to(device)
-            advantages = torch.cat([r.advantages for r in part]).to(device)
-            returns = torch.cat([r.returns for r in part]).to(device)
+            tokens, targets = collate([(r.prompt, r.response) for r in part], run.device)     # (b, T), (b, T)
+            old_logp = torch.cat([r.logp for r in part]).to(run.device)                       # (N,)
+            old_values = torch.cat([r.values for r in part]).to(run.device)
+            advantages = torch.cat([r.advantages for r in part]).to(run.device)
+            returns = torch.cat([r.returns for r in part]).to(run.device)
 
             (policy_loss, logp), values = model(
                 tokens, targets, token_loss, (old_logp, advantages), args.temperature)
@@ -464,7 +464,7 @@ def token_means(totals):
     return {name: total / tokens for name, total in totals.items()}
 
 
-def quark_update(models, model, rollouts, run, lr, step, task, args, device):
+def quark_update(models, model, rollouts, run, lr, step, task, args):
     """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sorts rollouts by reward into quantiles and trains on them.
 
     --quantiles all: on all of them, each after the control token of its quantile; the policy is later asked for the
@@ -491,8 +491,8 @@ def quark_update(models, model, rollouts, run, lr, step, task, args, device):
         micro = chunks(rows_by_length, args.micro_batch_size)
         for i, part in enumerate(micro):
             model.require_backward_grad_sync = i == len(micro) - 1
-            tokens, targets = collate([(prompt, r.response) for r, prompt in part], device)        # (b, T), (b, T)
-            plain = collate([(r.prompt, r.response) for r, _ in part], device)
+            tokens, targets = collate([(prompt, r.response) for r, prompt in part], run.device)        # (b, T), (b, T)
+            plain = collate([(r.prompt, r.response) for r, _ in part], run.device)
             with torch.no_grad(), as_reference(models) as reference:
                 ref_hidden = reference.response_hidden(*plain)   # (N, D)
                 ref_weight = reference.lm_head.weight.detach()
@@ -560,7 +560,7 @@ def train_policy(args, device):
 
         # --- update
         lr = lr_linear(step, args.lr, args.warmup, args.steps)
-        statistics = update(models, model, rollouts, run, lr, step, task, args, device)
+        statistics = update(models, model, rollouts, run, lr, step, task, args)
         clock.append(time.time())
 
         # --- report and validation
