@@ -201,7 +201,7 @@ def kl_estimate(logp, ref_logp, kind):
     k1       d: unbiased, but noisy and of either sign
     k2       d^2 / 2: biased, low variance
     k3       exp(-d) - 1 + d: unbiased and never negative
-    clamped  max(d, 0): the released code's; biased upwards, so that even a policy equal to the reference pays
+    clamped  max(d, 0): the released code's; biased upwards, as it grows with |d| where KL grows with d^2
     """
     d = logp - ref_logp
     if kind == "k1":

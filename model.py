@@ -243,10 +243,10 @@ class LLaMA(nn.Module):
         if isinstance(tokens, torch.Tensor):
             tokens, targets = [tokens], [targets]
         hidden = [self.response_hidden(x, y) / temperature for x, y in zip(tokens, targets)]        # R times (N, D)
-        wanted = targets[0][targets[0] != IGNORE]                           # (N,), the same in each pass
+        response_ids = targets[0][targets[0] != IGNORE]                     # (N,), the same in each pass
         if token_loss is not None:
-            return fused_loss(torch.stack(hidden), self.lm_head.weight, wanted, token_loss, per_token)
-        logp = [fused_logp(h, self.lm_head.weight, wanted) for h in hidden]
+            return fused_loss(torch.stack(hidden), self.lm_head.weight, response_ids, token_loss, per_token)
+        logp = [fused_logp(h, self.lm_head.weight, response_ids) for h in hidden]
         return torch.stack(logp) if len(logp) > 1 else logp[0]
 
     def response_hidden(self, tokens, targets):
@@ -278,10 +278,8 @@ class LLaMA(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A LLaMA backbone with a scalar head, read at the last real token (AlpacaFarm section 4.4).
-
-    Its files are Hugging Face's LlamaForSequenceClassification with one label. The head has no bias: it would cancel in
-    every difference of rewards.
+    """A LLaMA backbone with a scalar head, read at the last real token. The head is AlpacaFarm's without the bias,
+    which cancels in every difference of rewards. The files are Hugging Face's LlamaForSequenceClassification with one label.
     """
 
     def __init__(self, config):
@@ -856,10 +854,10 @@ def setup_device(name=""):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
         # TF32 rounds the factors of an fp32 matmul to 10 bits of mantissa and accumulates in fp32. bf16 has 7 bits, so
-        # the head's matmuls of bf16 weights stay exact at the tensor cores' speed. With fp32 weights, log-probabilities
-        # move by 0.001 (simulated at width 4,096); CUT's ratio test has to resolve 0.095.
+        # logits of bf16 weights stay exact at the tensor cores' speed; gradients are rounded. With fp32 weights,
+        # log-probabilities move by 0.001 (simulated at width 4,096); CUT's ratio test has to resolve 0.095.
         torch.set_float32_matmul_precision("high")
-        print0("fp32 matmuls run in TF32: 10 bits of mantissa, exact for bf16 weights")
+        print0("fp32 matmuls run in TF32 (10 bits of mantissa)")
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -999,7 +997,7 @@ def memory_estimate(model, tokens, checkpoint=False, autocast=False, ranks=1):
     head_work = tiles + copies * 4 * head.numel()
     layers = c.num_hidden_layers
     activations = layers * block
-    if checkpoint:                                                          # a block is recomputed when the head is done
+    if checkpoint:                                                          # a block is recomputed after the head
         activations = tokens * layers * c.hidden_size * size + max(0, block - head_work)
     return {
         "weights": sum(p.nbytes for p in model.parameters()),
@@ -1011,7 +1009,7 @@ def memory_estimate(model, tokens, checkpoint=False, autocast=False, ranks=1):
 
 
 def available_memory(device):
-    """Bytes that this process may still allocate on its device; 0 if that is unknown."""
+    """Bytes that this process may allocate on its device (MPS: the recommended maximum); 0 if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -1069,7 +1067,7 @@ class Run:
             run.log(loss=loss, grad_norm=norm)           # and run.totals(), of numbers that were added
 
     `state` is what a resumed run needs besides weights and optimizer; a loop may add to it. Random choices derive from
-    (seed, step), so no generator state is kept. resume.pt is in the run folder exactly while the run is unfinished.
+    (seed, step), so no generator state is kept. resume.pt exists from the first save until the run has finished.
     """
 
     def __init__(self, model, optimizer, out, flags, clip, save_every, resume=False, state=None):
@@ -1080,8 +1078,7 @@ class Run:
         self.state = {"step": 0, "lines": 0, **(state or {})}
         self.start = self.step_start = time.time()
         self.sums = collections.Counter()
-        self.stopped = False
-        self.interrupted = catch_interrupts()
+        self.stopped = self.due = False
         if resume:
             self.load()
         elif rank() == 0:
@@ -1092,18 +1089,22 @@ class Run:
         barrier()                                                           # no rank may find an old file
 
     def steps(self, count, label):
-        """Yields the steps that are left of `count`. After each, saves if that is due, and stops after Ctrl-C."""
+        """Yields the steps that are left of `count`. After each, saves if that is due, and stops after Ctrl-C.
+
+        Every --save-every steps a save is due, and after a step in which the loop has set `due`."""
         first = self.state["step"]
         self.bar = tqdm(range(first, count), label, initial=first, total=count, disable=rank() > 0, unit="step")
-        for step in self.bar:
-            self.step_start = time.time()
-            yield step
-            self.state["step"] = step + 1
-            self.stopped = all_sum([self.interrupted.is_set()]) != [0]      # on any rank
-            if self.stopped or (step + 1) % self.save_every == 0 and step + 1 < count:
-                self.save()
-            if self.stopped:
-                break
+        with catch_interrupts() as interrupted:
+            for step in self.bar:
+                self.step_start = time.time()
+                self.due = (step + 1) % self.save_every == 0
+                yield step
+                self.state["step"] = step + 1
+                self.stopped = all_sum([interrupted.is_set()]) != [0]       # on any rank
+                if self.stopped or self.due and step + 1 < count:
+                    self.save()
+                if self.stopped:
+                    break
         self.bar.close()
 
     def update(self, loss, lr, examples=()):
@@ -1172,7 +1173,7 @@ class Run:
         self.state = saved["state"]
 
     def open_metrics(self, path):
-        """Opens metrics.jsonl for appending, after the lines that the saved state knows; the others come again."""
+        """Opens metrics.jsonl for appending. Keeps the lines up to the saved step, since later steps run again."""
         lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
         with atomic_write(path) as temporary:
             temporary.write_text("".join(lines[:self.state["lines"]]), encoding="utf-8")
@@ -1184,19 +1185,20 @@ class Run:
 
     def finish(self):
         """Ends the run and says where its model is. Returns the exit code: 130 if it was stopped."""
-        barrier()                                                           # rank 0 has saved the model
+        if rank() == 0 and not self.stopped:
+            self.path.unlink(missing_ok=True)
+        barrier()                                                           # the model is saved, resume.pt is gone
         if self.stopped:
             print0(f"stopped: go on with --resume; {self.out}, {self.seconds():.0f} s")
             return 130
-        if rank() == 0:
-            self.path.unlink(missing_ok=True)
         print0(f"model in {self.out}, {self.seconds():.0f} s")
         return 0
 
 
+@contextlib.contextmanager
 def catch_interrupts():
-    """Turns the first Ctrl-C or SIGTERM into an event that is set; a second one ends the program at once."""
-    interrupted = threading.Event()
+    """Context in which the first Ctrl-C or SIGTERM sets the event that it gives; a second one ends the program."""
+    interrupted, before = threading.Event(), {}
 
     def handle(number, frame):
         interrupted.set()
@@ -1205,5 +1207,9 @@ def catch_interrupts():
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-    return interrupted
+            before[number] = signal.signal(number, handle)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
