@@ -279,7 +279,8 @@ class LLaMA(nn.Module):
 
 class RewardModel(nn.Module):
     """A LLaMA backbone with a scalar head, read at the last real token. The head is AlpacaFarm's without the bias,
-    which cancels in every difference of rewards. The files are Hugging Face's LlamaForSequenceClassification with one label.
+    which cancels in every difference of rewards. Its files are Hugging Face's LlamaForSequenceClassification with one
+    label.
     """
 
     def __init__(self, config):
