@@ -263,7 +263,8 @@ class Tokenizer:
 
     def decode_response(self, ids):
         """Text of generated ids, without EOS. The newline keeps sentencepiece from dropping a leading space."""
-        return self.sp.decode(self.newline + [i for i in ids if i != self.eos])[1:]
+        ids = [i for i in ids if i != self.eos and i < self.vocab_size]     # a model's vocabulary may be larger
+        return self.sp.decode(self.newline + ids)[1:]
 
     def pieces(self, ids):
         """Text of each id on its own, for marking tokens; joined they are the text. A character of several byte pieces
@@ -298,7 +299,7 @@ FORMATS = {
     "short": ("{instruction}\n", None, "{instruction}\nJudgment: {judgment}\n"),        # the built-in world
 }
 
-# The prompt of a judge, an API model or one of ours (CUT section 5, in our words).
+# The prompt of a judge, an API model or one of ours (after CUT's, in our words).
 JUDGE_SYSTEM = ("You review answers to instructions. If the answer is flawless, reply with the one word Perfect. "
                 "Otherwise say precisely what is wrong with it: name each fault, quote the place, and add no praise.")
 JUDGE_USER = "Instruction:\n{instruction}\n\nAnswer:\n{output}\n\nYour review:"
@@ -514,12 +515,12 @@ def chosen_and_rejected(record):
 
 
 def read_feedme(path):
-    """Binary FeedME (AlpacaFarm section 4.2): the preferred output of every pair, as a demonstration."""
+    """Binary FeedME (AlpacaFarm): the preferred output of every pair, as a demonstration."""
     return [{**r, "output": chosen_and_rejected(r)[0], "judgment": None} for r in read_preferences(path)]
 
 
 def read_conditioning(path):
-    """Binary reward conditioning (AlpacaFarm section 4.3): both outputs of every pair as demonstrations, the preferred
+    """Binary reward conditioning (AlpacaFarm): both outputs of every pair as demonstrations, the preferred
     one after control token 0, the other after 1. Answers are later asked for with 0."""
     records = []
     for i, r in enumerate(read_preferences(path)):

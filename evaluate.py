@@ -146,8 +146,8 @@ def mark(pieces, flagged):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Agreement of annotators (AlpacaFarm section 3.4, definitions of AlpacaEval). An annotator, or the human annotators
-# together, is a dict {pair: list of labels}; a label is 1 or 2, the preferred output, or 1.5 for a tie.
+# Agreement of annotators, by AlpacaEval's definitions. An annotator, or the human annotators together,
+# is a dict {pair: list of labels}; a label is 1 or 2, the preferred output, or 1.5 for a tie.
 
 
 def mean_or_none(scores):

@@ -99,6 +99,18 @@ def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
     return cut_l1(logp_judged, logp_plain, flagged, alpha, gamma) - logp_judged
 
 
+def find_flagged(logp, lam, flagged=None):
+    """The flagged tokens: those given (frozen detection), else by the model as it is now (live). logp (2, n) -> (n,)"""
+    return detect(logp[0], logp[1], lam) if flagged is None else flagged
+
+
+def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
+    """Weighted CUT loss of each token, as training needs it: logp (2, n), after (x, j-) and after x; weight, flagged
+    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss."""
+    judged, plain = logp
+    return weight * cut_token_loss(judged, plain, find_flagged(logp, lam, flagged), alpha, gamma)
+
+
 def cut_loss(logp_judged, logp_plain, lengths, logp_positive=None, positive_lengths=None, *,
              lam=1.1, alpha=1.0, gamma=0.0, form="paper"):
     """The CUT loss of a batch: bad responses in two passes, good ones (Align-P) in one.
@@ -189,7 +201,7 @@ def kl_estimate(logp, ref_logp, kind):
     k1       d: unbiased, but noisy and of either sign
     k2       d^2 / 2: biased, low variance
     k3       exp(-d) - 1 + d: unbiased and never negative
-    clamped  max(d, 0): the released code's; biased upwards, so that even a policy equal to the reference pays
+    clamped  max(d, 0): the released code's; biased upwards, as it grows with |d| where KL grows with d^2
     """
     d = logp - ref_logp
     if kind == "k1":

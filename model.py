@@ -243,10 +243,10 @@ class LLaMA(nn.Module):
         if isinstance(tokens, torch.Tensor):
             tokens, targets = [tokens], [targets]
         hidden = [self.response_hidden(x, y) / temperature for x, y in zip(tokens, targets)]        # R times (N, D)
-        wanted = targets[0][targets[0] != IGNORE]                           # (N,), the same in each pass
+        response_ids = targets[0][targets[0] != IGNORE]                     # (N,), the same in each pass
         if token_loss is not None:
-            return fused_loss(torch.stack(hidden), self.lm_head.weight, wanted, token_loss, per_token)
-        logp = [fused_logp(h, self.lm_head.weight, wanted) for h in hidden]
+            return fused_loss(torch.stack(hidden), self.lm_head.weight, response_ids, token_loss, per_token)
+        logp = [fused_logp(h, self.lm_head.weight, response_ids) for h in hidden]
         return torch.stack(logp) if len(logp) > 1 else logp[0]
 
     def response_hidden(self, tokens, targets):
@@ -278,10 +278,9 @@ class LLaMA(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A LLaMA backbone with a scalar head, read at the last real token (AlpacaFarm section 4.4).
-
-    Its files are Hugging Face's LlamaForSequenceClassification with one label. The head has no bias: it would cancel in
-    every difference of rewards.
+    """A LLaMA backbone with a scalar head, read at the last real token. The head is AlpacaFarm's without the bias,
+    which cancels in every difference of rewards. Its files are Hugging Face's LlamaForSequenceClassification with one
+    label.
     """
 
     def __init__(self, config):
@@ -323,9 +322,10 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
         """As LLaMA.from_pretrained. The head is in fp32 at least, the precision that it was trained in."""
         config, _ = read_config(directory)
-        model = load_into(on_meta(cls, config), read_weights(directory), directory, dtype, device)
+        weights = read_weights(directory)
+        model = load_into(on_meta(cls, config), weights, directory, dtype, device)
         if dtype in HALF:
-            model.score.float()
+            model.score.weight = nn.Parameter(weights["score.weight"].to(device, torch.float32))
         return model
 
     def save_pretrained(self, directory, tokenizer=None, extra=None):
@@ -502,6 +502,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.rows = torch.arange(rows, device=device)   # the numbers of the rows that are still here
         self.end = 0                                    # the longest row; a Python int spares a device sync a step
         self.positions = None
 
@@ -525,7 +526,7 @@ class KVCache:
         """Keeps the given rows. An index may repeat, which is how n samples share one prefill."""
         self.k = self.k[:, rows]                                            # one after the other: each is a copy
         self.v = self.v[:, rows]
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[rows]
 
 
 def sample_token(logits, u, temperature, top_k=0, top_p=1.0):
@@ -579,16 +580,17 @@ def prefill(model, prompts, max_new_tokens, n=1):
 def decode(model, cache, hidden, u, eos, choose, progress=None):
     """Samples one token after the other until every row has finished (EOS) or u (rows, steps) has no more columns.
 
-    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists.
+    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists. To go
+    on with the same cache: cache.rows says which rows it still holds, and the last token of each is not in it yet.
     """
     weight = model.lm_head.weight
     rows, steps = u.shape
     out = torch.full((rows, steps), eos, device=weight.device)
-    row_of_sample = torch.arange(rows, device=weight.device)                # the rows still in the batch
+    cache.rows = torch.arange(rows, device=weight.device)                   # the rows still in the batch
     finished = torch.zeros(rows, dtype=torch.bool, device=weight.device)
     for t in range(steps):
-        token = choose(hidden @ weight.T, u[row_of_sample, t])              # (rows,)
-        out[row_of_sample, t] = torch.where(finished, eos, token)
+        token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
+        out[cache.rows, t] = token                          # what follows a row's first EOS is removed at the end
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):
@@ -596,7 +598,7 @@ def decode(model, cache, hidden, u, eos, choose, progress=None):
         # Removing finished rows copies the cache of the others, so it waits until an eighth of them has finished.
         if count * 8 >= len(finished):
             stay = (~finished).nonzero().squeeze(1)
-            row_of_sample, token, finished = row_of_sample[stay], token[stay], finished[stay]
+            token, finished = token[stay], finished[stay]
             cache.select(stay)
             if progress:
                 progress(count)
@@ -853,10 +855,10 @@ def setup_device(name=""):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         device = torch.device("cuda", torch.cuda.current_device())
         # TF32 rounds the factors of an fp32 matmul to 10 bits of mantissa and accumulates in fp32. bf16 has 7 bits, so
-        # the head's matmuls of bf16 weights stay exact at the tensor cores' speed. With fp32 weights, log-probabilities
-        # move by 0.001 (simulated at width 4,096); CUT's ratio test has to resolve 0.095.
+        # logits of bf16 weights stay exact at the tensor cores' speed; gradients are rounded. With fp32 weights,
+        # log-probabilities move by 0.001 (simulated at width 4,096); CUT's ratio test has to resolve 0.095.
         torch.set_float32_matmul_precision("high")
-        print0("fp32 matmuls run in TF32: 10 bits of mantissa, exact for bf16 weights")
+        print0("fp32 matmuls run in TF32 (10 bits of mantissa)")
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -996,7 +998,7 @@ def memory_estimate(model, tokens, checkpoint=False, autocast=False, ranks=1):
     head_work = tiles + copies * 4 * head.numel()
     layers = c.num_hidden_layers
     activations = layers * block
-    if checkpoint:                                                          # a block is recomputed when the head is done
+    if checkpoint:                                                          # a block is recomputed after the head
         activations = tokens * layers * c.hidden_size * size + max(0, block - head_work)
     return {
         "weights": sum(p.nbytes for p in model.parameters()),
@@ -1008,7 +1010,7 @@ def memory_estimate(model, tokens, checkpoint=False, autocast=False, ranks=1):
 
 
 def available_memory(device):
-    """Bytes that this process may still allocate on its device; 0 if that is unknown."""
+    """Bytes that this process may allocate on its device (MPS: the recommended maximum); 0 if that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -1066,7 +1068,7 @@ class Run:
             run.log(loss=loss, grad_norm=norm)           # and run.totals(), of numbers that were added
 
     `state` is what a resumed run needs besides weights and optimizer; a loop may add to it. Random choices derive from
-    (seed, step), so no generator state is kept. resume.pt is in the run folder exactly while the run is unfinished.
+    (seed, step), so no generator state is kept. resume.pt exists from the first save until the run has finished.
     """
 
     def __init__(self, model, optimizer, out, flags, clip, save_every, resume=False, state=None):
@@ -1077,8 +1079,7 @@ class Run:
         self.state = {"step": 0, "lines": 0, **(state or {})}
         self.start = self.step_start = time.time()
         self.sums = collections.Counter()
-        self.stopped = False
-        self.interrupted = catch_interrupts()
+        self.stopped = self.due = False
         if resume:
             self.load()
         elif rank() == 0:
@@ -1089,18 +1090,22 @@ class Run:
         barrier()                                                           # no rank may find an old file
 
     def steps(self, count, label):
-        """Yields the steps that are left of `count`. After each, saves if that is due, and stops after Ctrl-C."""
+        """Yields the steps that are left of `count`. After each, saves if that is due, and stops after Ctrl-C.
+
+        Every --save-every steps a save is due, and after a step in which the loop has set `due`."""
         first = self.state["step"]
         self.bar = tqdm(range(first, count), label, initial=first, total=count, disable=rank() > 0, unit="step")
-        for step in self.bar:
-            self.step_start = time.time()
-            yield step
-            self.state["step"] = step + 1
-            self.stopped = all_sum([self.interrupted.is_set()]) != [0]      # on any rank
-            if self.stopped or (step + 1) % self.save_every == 0 and step + 1 < count:
-                self.save()
-            if self.stopped:
-                break
+        with catch_interrupts() as interrupted:
+            for step in self.bar:
+                self.step_start = time.time()
+                self.due = (step + 1) % self.save_every == 0
+                yield step
+                self.state["step"] = step + 1
+                self.stopped = all_sum([interrupted.is_set()]) != [0]       # on any rank
+                if self.stopped or self.due and step + 1 < count:
+                    self.save()
+                if self.stopped:
+                    break
         self.bar.close()
 
     def update(self, loss, lr, examples=()):
@@ -1169,7 +1174,7 @@ class Run:
         self.state = saved["state"]
 
     def open_metrics(self, path):
-        """Opens metrics.jsonl for appending, after the lines that the saved state knows; the others come again."""
+        """Opens metrics.jsonl for appending. Keeps the lines up to the saved step, since later steps run again."""
         lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
         with atomic_write(path) as temporary:
             temporary.write_text("".join(lines[:self.state["lines"]]), encoding="utf-8")
@@ -1181,19 +1186,20 @@ class Run:
 
     def finish(self):
         """Ends the run and says where its model is. Returns the exit code: 130 if it was stopped."""
-        barrier()                                                           # rank 0 has saved the model
+        if rank() == 0 and not self.stopped:
+            self.path.unlink(missing_ok=True)
+        barrier()                                                           # the model is saved, resume.pt is gone
         if self.stopped:
             print0(f"stopped: go on with --resume; {self.out}, {self.seconds():.0f} s")
             return 130
-        if rank() == 0:
-            self.path.unlink(missing_ok=True)
         print0(f"model in {self.out}, {self.seconds():.0f} s")
         return 0
 
 
+@contextlib.contextmanager
 def catch_interrupts():
-    """Turns the first Ctrl-C or SIGTERM into an event that is set; a second one ends the program at once."""
-    interrupted = threading.Event()
+    """Context in which the first Ctrl-C or SIGTERM sets the event that it gives; a second one ends the program."""
+    interrupted, before = threading.Event(), {}
 
     def handle(number, frame):
         interrupted.set()
@@ -1202,5 +1208,9 @@ def catch_interrupts():
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-    return interrupted
+            before[number] = signal.signal(number, handle)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

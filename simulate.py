@@ -478,7 +478,7 @@ def ask_annotators(client, models, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Preferences with noise (AlpacaFarm section 3.2)
+# Preferences with noise (AlpacaFarm)
 
 
 def mean_and_se(values):
@@ -615,7 +615,7 @@ def built_in_preferences(model_directory, seed, noise, device):
     The SFT model answers each of 30,000 instructions four times; two different answers make a pair, unless they have
     equally many errors. The one with fewer is preferred, but a fraction 2 * noise of the labels is random, which flips
     a fraction `noise` (AlpacaFarm: 0.25)."""
-    path = Path(f"out/world-{seed}", f"preferences-{noise}.jsonl")
+    path = Path(f"out/world-{seed}", f"preferences-{noise}-{Path(model_directory).name}.jsonl")
     if path.is_file():
         return path
     tokenizer = Tokenizer.from_pretrained(model_directory)

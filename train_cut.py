@@ -17,14 +17,15 @@ teaches the model to read judgments. Good responses get plain likelihood. `train
 this loss; the formula is losses.cut_token_loss.
 
 metrics.jsonl in the run folder has a line for each step:
-  loss             mean over the step's examples, nats. Near 0 from the start: responses hardly differ, or overfitting
-  flagged          fraction of the bad responses' tokens in U. 0: the model cannot read judgments, and CUT is SFT on bad
-                   responses; above 0.5: lambda is too low, or the judgments are human prose
+  loss             mean over the step's examples, plus the mean over the replay, nats. Near 0 from the start: responses
+                   hardly differ, or the model is overfit
+  flagged          fraction of the bad responses' tokens that are flagged. 0: the model cannot read judgments, and CUT
+                   is SFT on bad responses; above 0.5: lambda is too low, or the judgments are human prose
   lr, grad_norm    learning rate; gradient norm before clipping
   log_ratio        mean of log p(y|x, j-) - log p(y|x)
   flagged_loss     unlikelihood of flagged tokens after x; with live detection at most ln(lambda / (lambda - 1))
   unflagged_loss   NLL of the other tokens after x
-results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl what was judged and flagged.
+results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl (N from 0) what was judged and flagged.
 """
 import argparse
 import functools
@@ -40,7 +41,7 @@ from data import (
     read_judged, run_main, write_json, write_json_lines)
 from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
-from losses import cut_token_loss, detect, detection_sums, nll_token_loss
+from losses import cut_step_loss, detect, detection_sums, find_flagged, nll_token_loss
 from model import (
     DTYPES, LLaMA, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
     read_config, share, world_size)
@@ -49,8 +50,9 @@ from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
     prepare, save_run, set_up, start_run)
 
-# Defaults: (with --data, in the built-in world). With --data they are the paper's, except for the learning rate: its
-# 4e-4 was never reached in an online run, whose data ended within the warm-up; 1.5e-4 is what ran.
+# Defaults: (with --data, in the built-in world). With --data they are the paper's, except for --max-length (2048
+# there), --warmup (100 steps) and the learning rate: its peak was 4e-4, but its online runs ended within the warm-up,
+# at 1.5e-4.
 DEFAULTS = {
     "format": ("cut", "short"),
     "max_length": (1024, 256),
@@ -110,18 +112,18 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         again = [replay[i] for i in replays(step)] if replay else []
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
-        mine = share(batch) or [batch[0]._replace(response=[], judged=None)]
-        bad = [(e, 1 / len(batch)) for e in mine if e.judged]
-        good = [(e, 1 / len(batch)) for e in mine if not e.judged]
+        local = share(batch) or [batch[0]._replace(response=[], judged=None)]
+        bad = [(e, 1 / len(batch)) for e in local if e.judged]
+        good = [(e, 1 / len(batch)) for e in local if not e.judged]
         good += [(e, 1 / len(again)) for e in share(again)]
         micro = [judged_batch(part, flagged, args, run.device) for part in chunks(bad, args.micro_batch_size)]
         micro += [good_batch(part, args, run.device) for part in chunks(good, 2 * args.micro_batch_size)]
 
         loss_sum = 0.0
         for i, (tokens, targets, token_loss, per_token) in enumerate(micro):
-            # DistributedDataParallel averages gradients over ranks in the last backward pass only.
+            # DDP averages gradients over ranks in the last backward pass only; it reads this switch in forward.
             model.require_backward_grad_sync = i == len(micro) - 1
-            loss, logp = model(tokens, targets, token_loss, per_token)      # weighted: a mean over examples
+            loss, logp = model(tokens, targets, token_loss, per_token)      # weights make it a mean over examples
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
             if len(logp) == 2:
@@ -130,18 +132,6 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
         run.log(loss=loss, **detection_means(run.totals()), lr=lr, grad_norm=norm)
-
-
-def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
-    """Weighted CUT loss of each token: logp (2, n), after (x, j-) and after x; weight, flagged (n,) -> (n,)."""
-    judged, plain = logp
-    flagged = find_flagged(logp, lam, flagged)
-    return weight * cut_token_loss(judged, plain, flagged, alpha, gamma)
-
-
-def find_flagged(logp, lam, flagged=None):
-    """The flagged tokens: decided beforehand if given, else by the model as it is now (live). -> (n,) bool."""
-    return detect(logp[0], logp[1], lam) if flagged is None else flagged
 
 
 def judged_batch(part, flagged, args, device):
@@ -196,7 +186,7 @@ def collect_feedback(model, tokenizer, world, number, args):
         seed=args.seed * 1000 + number, label=f"round {number + 1}: sampling")
     judge, judged = JUDGES[args.judge], []
     for r, (text,) in zip(asked, responses):
-        output = text or "."                                    # an empty response has no tokens to judge
+        output = text or "."                                    # the readers refuse an empty output
         judged.append({
             "id": r["id"], "instruction": r["instruction"], "input": "", "output": output,
             "judgment": judge(output, r["reference"]), "reference": r["reference"],
@@ -329,9 +319,10 @@ def largest_micro_batch(examples, rows, max_length):
 def main(argv=None):
     args = parse(argv)
     start = time.time()
-    if not args.data:
-        args.model = args.model or built_in(args.seed, args.judge, args.device)
     device = set_up(args)
+    if not args.data and not args.model:
+        args.model = built_in(args.seed, args.judge, args.device)
+        torch.manual_seed(args.seed)                            # training it has drawn random numbers
     tokenizer, judged, world, replay, test = load_data(args)
     examples = encode_round(tokenizer, judged, args) if judged else []
 
@@ -359,11 +350,11 @@ def main(argv=None):
         if not args.data:
             judged = load_feedback(model, tokenizer, world, number, args)
             examples = encode_round(tokenizer, judged, args)
-        before = None                                           # flagged by the model as the round begins
+        flagged_at_start = None                                 # by the model as the round begins
         if test or args.detect == "frozen":
             answered = encode(tokenizer, judged, args.format, args.max_length)
-            before = flag_tokens(model, answered, number, args, device)
-        flagged = {"live": None, "frozen": before, "all": all_tokens(examples)}[args.detect]
+            flagged_at_start = flag_tokens(model, answered, number, args, device)
+        flagged = {"live": None, "frozen": flagged_at_start, "all": all_tokens(examples)}[args.detect]
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
 
@@ -372,10 +363,11 @@ def main(argv=None):
             break
         if test:
             found, _ = measure(model, tokenizer, test, sft_errors, args)
-            found.update(detection(tokenizer, before, judged), seconds=time.time() - round_start)
+            found.update(detection(tokenizer, flagged_at_start, judged), seconds=time.time() - round_start)
             run.state["results"].append(found)
         run.state.update(round=number + 1, step=0)
-        run.save()
+        if test or number + 1 < args.rounds:
+            run.save()
 
     save_run(model, tokenizer, args)
     if test and rank() == 0 and not run.stopped:
@@ -412,7 +404,7 @@ def parse(argv):
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
     # optimization
     p.add_argument("--steps", type=positive_int, help="optimizer steps a round (default: from --epochs)")
-    p.add_argument("--epochs", type=nonnegative_float, help="passes over the data, if --steps is not given")
+    p.add_argument("--epochs", type=nonnegative_float, help="passes over --data, if --steps is not given")
     p.add_argument("--lr-decay", type=nonnegative_float, default=0.6, help="factor on the peak rate a round")
     p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
     args = p.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Learning from preferences: pairs -> reward model -> policy (AlpacaFarm's methods). Four stages, one command each:
+"""Learning from preferences: pairs -> reward model -> policy (AlpacaFarm's methods). Four stages; ppo is the default:
 
-  python train_ppo.py                                    reward, then ppo, in the built-in world
+  python train_ppo.py                                    reward (if it is not there), then ppo, in the built-in world
   python train_ppo.py reward --model DIR --data pairs.json                     pairs -> reward model
   python train_ppo.py dpo --model DIR --data pairs.json                        pairs -> policy, without a reward model
   python train_ppo.py ppo --model DIR --reward DIR --data instructions.json    reward model -> policy, by PPO
@@ -15,13 +15,13 @@ There are two loops. `train_pairs` fits rewards to preferences: those of a scala
   reward      frozen: one score for the whole response, which lands on its last token (EOS, if it has finished)
   critic      learns; the reward model's backbone under a fresh head; predicts the return before each token
 
-With --lora-rank all four are adapters and heads on one frozen backbone (the reference is the policy without its
-adapters), so that what fits one model for training fits PPO. Ids are scored as they were sampled, EOS included, at the
-sampling temperature.
+With --lora-rank the reference is the policy without its adapters. If the reward model was trained as adapters of the
+same --model, all four are adapters and heads on one frozen backbone, and what fits one model for training fits PPO. Ids
+are scored as they were sampled, EOS included, at the sampling temperature.
 
 metrics.jsonl of reward and dpo: loss (dpo: ln 2 at step 0, or policy and reference differ), accuracy of the batch,
 margin (mean reward of chosen - rejected), chosen_reward (dpo: below 0 means that chosen responses get less likely too).
-metrics.jsonl of ppo (quark has the same names where it has the quantity, and nll):
+metrics.jsonl of ppo (quark: reward, finished, length, nll; its kl and entropy are exact, and per token):
   reward              mean score of the rollouts. Rises; if gold in results.json falls meanwhile, it is over-optimized
   kl, kl_k1, kl_k3    KL(policy || reference) of a response: the penalized estimate, and two unbiased ones. 0 at step 0,
                       then 0.3 to 1.5 in the built-in world; above 4: lower --lr or raise --beta
@@ -50,9 +50,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train_sft
 from data import (
-    Batches, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks, collate, count_errors, fraction,
-    in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids, read_instructions,
-    read_preferences, run_main, write_json, write_json_lines)
+    IGNORE, Batches, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks, collate, count_errors,
+    fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids, read_instructions, read_preferences,
+    run_main, write_json, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (
     explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
@@ -156,7 +156,7 @@ def chosen_rejected_logp(model, pairs, device):
 
 def load_reward_model(args, device):
     """A scalar head on the SFT model's backbone."""
-    return RewardModel.from_backbone(LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device))
+    return RewardModel.from_backbone(load_policy(args, device))
 
 
 def load_policy(args, device):
@@ -179,7 +179,8 @@ def train_pairs(args, device):
     warmup = math.ceil(args.warmup * steps)
     config, _ = read_config(args.model, quiet=True)
     longest = max(p.size() for p in train)
-    train_sft.estimate_memory(config, 2 * args.micro_batch_size * longest, args, device)
+    rows = min(args.micro_batch_size, args.batch_size // world_size())
+    train_sft.estimate_memory(config, 2 * rows * longest, args, device)
 
     load_model, rewards_of = PAIR_METHODS[args.stage]
     model = load_model(args, device)
@@ -192,17 +193,17 @@ def train_pairs(args, device):
 
     for step in run.steps(steps, args.stage):
         batch = batches(step)                                    # the whole step's pairs, on every rank
-        mine = share(batch)
-        micro = chunks(mine or batch[:1], args.micro_batch_size)
+        local = share(batch)
+        micro = chunks(local or batch[:1], args.micro_batch_size)
         loss_sum = 0.0
         for i, part in enumerate(micro):
             wrapped.require_backward_grad_sync = i == len(micro) - 1
             chosen, rejected = rewards_of(wrapped, [train[j] for j in part], args, device)        # (b,), (b,)
             loss = reward_loss(chosen, rejected) * len(part) / len(batch)
-            loss = loss * bool(mine)                             # a rank without a pair takes part with weight 0
+            loss = loss * bool(local)                             # a rank without a pair takes part with weight 0
             (loss * world_size()).backward()                     # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
-            if mine:
+            if local:
                 margin = chosen - rejected
                 run.add(accuracy=(margin > 0).sum(), margin=margin.sum(), chosen_reward=chosen.sum())
 
@@ -255,7 +256,7 @@ def accuracy(margins, pairs):
     found["accuracy"], found["accuracy_se"] = mean_and_se([float(m > 0) for m in margins])
     line = f"accuracy on {len(margins)} held-out pairs {found['accuracy']:.3f} +- {found['accuracy_se']:.3f}"
     if all("reference" in p.record for p in pairs):
-        leads = []                                               # how many errors fewer the chosen response has
+        leads = []                                               # errors(rejected) - errors(chosen)
         for p in pairs:
             truth = p.record["reference"]
             chosen, rejected = chosen_and_rejected(p.record)
@@ -316,22 +317,22 @@ def longest_first(rollouts):
     return sorted(rollouts, key=lambda r: -r.size())
 
 
-def control_prompt(tokenizer, prompt, token):
-    """The prompt's ids with control token 0 (best) to 7 after BOS; unchanged if token is None."""
-    if token is None:
+def control_prompt(tokenizer, prompt, control):
+    """The prompt's ids with control token 0 (best) to 7 after BOS; unchanged if control is None."""
+    if control is None:
         return prompt
-    control = tokenizer.encode_prompt("", token)[1]
-    return [prompt[0], control, *prompt[1:]]
+    control_id = tokenizer.encode_prompt("", control)[1]
+    return [prompt[0], control_id, *prompt[1:]]
 
 
-def roll_out(policy, task, asked, token, step, args):
+def roll_out(policy, task, asked, control, step, args):
     """One sampled response to each of this rank's share of the asked records -> [Rollout].
 
     The random numbers belong to (seed, step, number), so the responses do not depend on how many ranks share them.
     """
     numbers = share(range(len(asked)))
     plain = [prompt_ids(task.tokenizer, asked[i], args.format) for i in numbers]
-    prompts = [control_prompt(task.tokenizer, prompt, token) for prompt in plain]
+    prompts = [control_prompt(task.tokenizer, prompt, control) for prompt in plain]
     responses = generate(
         policy, prompts, args.max_new_tokens, task.tokenizer.eos, temperature=args.temperature,
         seed=args.seed * 10**6 + step, rows=numbers, batch_size=args.sample_batch_size)
@@ -339,7 +340,7 @@ def roll_out(policy, task, asked, token, step, args):
 
 
 @torch.no_grad()
-def score_rollouts(models, rollouts, args, device):
+def add_scores(models, rollouts, args, device):
     """Adds the reward model's scores."""
     found = []
     for part in chunks(longest_first(rollouts), args.micro_batch_size):
@@ -350,10 +351,10 @@ def score_rollouts(models, rollouts, args, device):
 
 
 @torch.no_grad()
-def read_rollouts(models, rollouts, args, device):
+def add_model_outputs(models, rollouts, args, device):
     """Adds what all four models say: scores, log-probabilities of policy and reference, values of the critic."""
     found = []
-    for part in chunks(score_rollouts(models, rollouts, args, device), args.micro_batch_size):
+    for part in chunks(add_scores(models, rollouts, args, device), args.micro_batch_size):
         tokens, targets = collate([(r.prompt, r.response) for r in part], device)         # (b, T), (b, T)
         logp, values = models.trained(tokens, targets, temperature=args.temperature)      # (N,), (N,)
         with as_reference(models) as reference:
@@ -392,8 +393,8 @@ def compute_advantages(rollouts, beta, scale, eos, args):
     advantages, returns = gae(rewards, values, args.gamma, args.lam)
     advantages = whiten(advantages, mask)
 
-    k1 = kl_estimate(logp, ref_logp, "k1") * mask
-    k3 = kl_estimate(logp, ref_logp, "k3") * mask
+    k1 = kl_estimate(logp, ref_logp, "k1")
+    k3 = kl_estimate(logp, ref_logp, "k3")
     statistics = {
         "reward": raw.mean().item(),
         "kl": kl.sum(1).mean().item(),
@@ -412,7 +413,7 @@ def compute_advantages(rollouts, beta, scale, eos, args):
     return found, statistics
 
 
-def ppo_update(models, model, rollouts, run, lr, step, task, args, device):
+def ppo_update(models, wrapped, rollouts, run, lr, step, task, args):
     """PPO: advantages, then K epochs of clipped updates over the step's rollouts, in batches of --batch-size.
 
     Every quantity belongs to a response token: (n,) in a rollout, (N,) in a micro-batch. logp, values, advantages and
@@ -429,16 +430,17 @@ def ppo_update(models, model, rollouts, run, lr, step, task, args, device):
     for batch in shuffled_batches(rollouts, step, args):
         n_tokens = sum(len(r.response) for r in batch)           # over all ranks
         loss_sum = 0.0
+        # Never empty: --rollouts and --batch-size are multiples of the number of ranks.
         micro = chunks(longest_first(share(batch)), args.micro_batch_size)
         for i, part in enumerate(micro):
-            model.require_backward_grad_sync = i == len(micro) - 1
-            tokens, targets = collate([(r.prompt, r.response) for r in part], device)     # (b, T), (b, T)
-            old_logp = torch.cat([r.logp for r in part]).to(device)                       # (N,)
-            old_values = torch.cat([r.values for r in part]).to(device)
-            advantages = torch.cat([r.advantages for r in part]).to(device)
-            returns = torch.cat([r.returns for r in part]).to(device)
+            wrapped.require_backward_grad_sync = i == len(micro) - 1
+            tokens, targets = collate([(r.prompt, r.response) for r in part], run.device)     # (b, T), (b, T)
+            old_logp = torch.cat([r.logp for r in part]).to(run.device)                       # (N,)
+            old_values = torch.cat([r.values for r in part]).to(run.device)
+            advantages = torch.cat([r.advantages for r in part]).to(run.device)
+            returns = torch.cat([r.returns for r in part]).to(run.device)
 
-            (policy_loss, logp), values = model(
+            (policy_loss, logp), values = wrapped(
                 tokens, targets, token_loss, (old_logp, advantages), args.temperature)
             value_loss = ppo_value_loss(values, old_values, returns, args.value_clip).sum()
             loss = (policy_loss + args.value_coef * value_loss) / n_tokens
@@ -464,12 +466,12 @@ def token_means(totals):
     return {name: total / tokens for name, total in totals.items()}
 
 
-def quark_update(models, model, rollouts, run, lr, step, task, args, device):
+def quark_update(models, wrapped, rollouts, run, lr, step, task, args):
     """Quark (arXiv 2205.13636, as adapted in AlpacaFarm): sorts rollouts by reward into quantiles and trains on them.
 
     --quantiles all: on all of them, each after the control token of its quantile; the policy is later asked for the
     best. --quantiles best: on the best quantile, without control tokens. A KL penalty, over the whole vocabulary, keeps
-    the policy near the SFT model. EOS is trained (the released code dropped it, and with it the model's way to end).
+    the policy near the SFT model. EOS is trained (the released code dropped it, so the model did not learn to stop).
     """
     raw = torch.tensor([r.score for r in rollouts])
     truncated = torch.tensor([r.response[-1] != task.tokenizer.eos for r in rollouts])
@@ -478,30 +480,30 @@ def quark_update(models, model, rollouts, run, lr, step, task, args, device):
     if args.quantiles == "best":
         rows = [(rollouts[i], rollouts[i].prompt) for i in groups[0]]
     else:
-        for token, group in enumerate(groups):
+        for control, group in enumerate(groups):
             for i in group:
-                prompt = control_prompt(task.tokenizer, rollouts[i].prompt, token)
+                prompt = control_prompt(task.tokenizer, rollouts[i].prompt, control)
                 rows.append((rollouts[i], prompt))
 
     for batch in shuffled_batches(rows, step, args):
         n_tokens = sum(len(r.response) for r, _ in batch)        # over all ranks
         loss_sum = 0.0
-        mine = share(batch)
-        rows_by_length = sorted(mine or batch[:1], key=lambda row: -row[0].size())
+        local = share(batch)
+        rows_by_length = sorted(local or batch[:1], key=lambda row: -row[0].size())
         micro = chunks(rows_by_length, args.micro_batch_size)
         for i, part in enumerate(micro):
-            model.require_backward_grad_sync = i == len(micro) - 1
-            tokens, targets = collate([(prompt, r.response) for r, prompt in part], device)        # (b, T), (b, T)
-            plain = collate([(r.prompt, r.response) for r, _ in part], device)
+            wrapped.require_backward_grad_sync = i == len(micro) - 1
+            tokens, targets = collate([(prompt, r.response) for r, prompt in part], run.device)        # (b, T), (b, T)
+            plain = collate([(r.prompt, r.response) for r, _ in part], run.device)
             with torch.no_grad(), as_reference(models) as reference:
                 ref_hidden = reference.response_hidden(*plain)   # (N, D)
                 ref_weight = reference.lm_head.weight.detach()
-            logp, kl, entropy = model(tokens, targets, ref_hidden, ref_weight, args.temperature)   # three (N,)
+            logp, kl, entropy = wrapped(tokens, targets, ref_hidden, ref_weight, args.temperature)   # three (N,)
             losses = quark_token_loss(logp, kl, entropy, args.kl_coef, args.entropy_coef)
-            loss = losses.sum() * bool(mine) / n_tokens
+            loss = losses.sum() * bool(local) / n_tokens
             (loss * world_size()).backward()                     # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
-            if mine:
+            if local:
                 run.add(tokens=len(logp), kl=kl.sum(), entropy=entropy.sum(), nll=-logp.sum())
         _, norm = run.update(loss_sum, lr)
 
@@ -523,10 +525,10 @@ def shuffled_batches(rows, step, args):
             yield [rows[i] for i in batch.tolist()]
 
 
-# stage: (what is read off the rollouts, the update)
+# stage: (what is added to the rollouts, the update)
 POLICY_METHODS = {
-    "ppo": (read_rollouts, ppo_update),
-    "quark": (score_rollouts, quark_update),
+    "ppo": (add_model_outputs, ppo_update),
+    "quark": (add_scores, quark_update),
 }
 
 
@@ -536,31 +538,31 @@ def train_policy(args, device):
     task = load_task(args)
     check_memory(policy_memory(args), device)
     models = load_models(args, device)
-    read, update = POLICY_METHODS[args.stage]
-    optimizer = make_optimizer(models.trained, eps=1e-5)
+    observe, update = POLICY_METHODS[args.stage]
+    optimizer = make_optimizer(models.trained, eps=1e-5)        # AlpacaFarm's epsilon
     run = train_sft.start_run(models.trained, optimizer, args, curve=[])
-    model = distribute(models.trained)
+    wrapped = distribute(models.trained)
     best = Path(args.out, "best.pt")
     if task.validation and not run.state["curve"]:
         run.state["curve"].append(validate(models, task, 0, None, args, device))
         save_if_best(models.policy, run.state["curve"], best)
 
-    batches = Batches([1] * len(task.records), args.rollouts, args.seed)    # not by length: all kinds in every step
+    batches = Batches([1] * len(task.records), args.rollouts, args.seed)     # equal lengths: a plain shuffle
     for step in run.steps(args.steps, args.stage):
         # --- rollout: responses to new instructions, from the policy as it is now
         clock = [time.time()]
         asked = [task.records[i] for i in batches(step)]
-        token = task.token if step else None                     # control tokens mean nothing yet at step 0
-        rollouts = roll_out(models.policy, task, asked, token, step, args)
+        control = task.control if step else None                     # control tokens mean nothing yet at step 0
+        rollouts = roll_out(models.policy, task, asked, control, step, args)
         clock.append(time.time())
 
         # --- scoring; then each rank gets all rollouts, so no number depends on how many ranks there are
-        rollouts = sorted(gather_lists(read(models, rollouts, args, device)))
+        rollouts = sorted(gather_lists(observe(models, rollouts, args, device)))
         clock.append(time.time())
 
         # --- update
         lr = lr_linear(step, args.lr, args.warmup, args.steps)
-        statistics = update(models, model, rollouts, run, lr, step, task, args, device)
+        statistics = update(models, wrapped, rollouts, run, lr, step, task, args)
         clock.append(time.time())
 
         # --- report and validation
@@ -570,8 +572,9 @@ def train_policy(args, device):
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             write_samples(Path(args.out, "samples.jsonl"), step, asked, rollouts, task)
             if task.validation:
-                run.state["curve"].append(validate(models, task, step + 1, task.token, args, device))
+                run.state["curve"].append(validate(models, task, step + 1, task.control, args, device))
                 save_if_best(models.policy, run.state["curve"], best)
+                run.due = True                                   # best.pt and the curve are saved together
 
     if not run.stopped:
         evaluate_and_save(models.policy, task, run, args, device)
@@ -588,7 +591,7 @@ class Task(NamedTuple):
     records: list                # instructions to answer
     validation: list             # instructions to choose the checkpoint on; none: the last checkpoint is kept
     test: list
-    token: int | None            # the control token that the policy is asked with (Quark with all quantiles)
+    control: int | None          # the control token that the policy is asked with (Quark with all quantiles)
 
 
 def load_task(args):
@@ -610,23 +613,23 @@ def load_task(args):
     if len(fitting) < len(records):
         print0(f"left out {len(records) - len(fitting)} of {len(records)} prompts longer than {args.max_length} tokens")
     if len(fitting) < args.rollouts:
-        raise InputError(f"{args.data}: {len(fitting)} prompts fit in --max-length {args.max_length}, fewer than "
-                         f"--rollouts {args.rollouts}: lower --rollouts")
-    fitting = fitting[:len(fitting) // args.rollouts * args.rollouts]        # a small last batch would be a whole step
-    token = 0 if getattr(args, "quantiles", "") == "all" else None
-    return Task(tokenizer, fitting, validation, test, token)
+        raise InputError(f"{args.data or 'the built-in world'}: {len(fitting)} prompts fit in --max-length "
+                         f"{args.max_length}, fewer than --rollouts {args.rollouts}: lower --rollouts")
+    fitting = fitting[:len(fitting) // args.rollouts * args.rollouts]        # every step has --rollouts prompts
+    control = 0 if getattr(args, "quantiles", "") == "all" else None
+    return Task(tokenizer, fitting, validation, test, control)
 
 
-def with_token(records, token):
+def with_control(records, control):
     """The records, to be asked with a control token."""
-    return records if token is None else [{**r, "reward_token": token} for r in records]
+    return records if control is None else [{**r, "reward_token": control} for r in records]
 
 
-def validate(models, task, step, token, args, device):
+def validate(models, task, step, control, args, device):
     """Answers to the validation instructions: {"step", "proxy": mean score by the reward model, "gold": mean by an
     independent measure, "characters"}. Gold is the truth in the built-in world, else --gold-reward."""
     responses = sample_responses(
-        models.policy, task.tokenizer, with_token(task.validation, token), args.format,
+        models.policy, task.tokenizer, with_control(task.validation, control), args.format,
         max_new_tokens=args.max_new_tokens, temperature=0.7 if args.data else 0, seed=args.seed,
         batch_size=args.sample_batch_size, label=None)
     texts = [text for text, in responses]
@@ -660,15 +663,14 @@ def save_if_best(policy, curve, path):
 
 
 def write_samples(path, step, asked, rollouts, task):
-    """Some rollouts to look at, not only at numbers."""
+    """Writes 20 rollouts as text: metrics alone hide what the policy says."""
     rows = []
     for r in rollouts[:20]:
-        ids = [i for i in r.response if i < task.tokenizer.vocab_size]      # a model's vocabulary may be larger
         rows.append({
             "step": step,
             "instruction": asked[r.number]["instruction"],
             "score": r.score,
-            "output": task.tokenizer.decode_response(ids),
+            "output": task.tokenizer.decode_response(r.response),
         })
     if rank() == 0:
         write_json_lines(path, rows)
@@ -690,12 +692,12 @@ def evaluate_and_save(policy, task, run, args, device):
         print0("this is the last step's model; with --validation and --gold-reward it would be the best on validation")
     if task.test:
         _, before = answer_errors(load_policy(args, device), task.tokenizer, task.test, args.format)
-        _, errors = answer_errors(policy, task.tokenizer, with_token(task.test, task.token), args.format)
+        _, errors = answer_errors(policy, task.tokenizer, with_control(task.test, task.control), args.format)
         results.update(sft=exact_match(before), exact_match=exact_match(errors))
         results["win_rate"], results["win_rate_se"] = win_rate(errors, before)
         print0(f"exact match on {len(errors)} test instructions: SFT {results['sft']:.3f}, now "
                f"{results['exact_match']:.3f}; win rate {results['win_rate']:.3f} +- {results['win_rate_se']:.3f}")
-    train_sft.save_run(policy, task.tokenizer, args, reward_token=task.token)
+    train_sft.save_run(policy, task.tokenizer, args, reward_token=task.control)
     if rank() == 0:
         results.update(seconds=run.seconds(), peak_memory_bytes=peak_memory(device))
         write_json(Path(args.out, "results.json"), results)
@@ -735,19 +737,16 @@ class PolicyBesideReference(nn.Module):
     def forward(self, tokens, targets, ref_hidden, ref_weight, temperature):
         """losses.full_vocabulary of the targets, at a temperature: log p, KL(p || p_ref), entropy, each (N,)."""
         hidden = self.policy.response_hidden(tokens, targets)    # (N, D)
-        wanted = targets[targets >= 0]                           # (N,)
+        response_ids = targets[targets != IGNORE]                # (N,)
         return full_vocabulary(hidden / temperature, self.policy.lm_head.weight, ref_hidden / temperature, ref_weight,
-                               wanted)
+                               response_ids)
 
 
-@contextlib.contextmanager
 def as_reference(models):
     """Context that gives the reference: the frozen copy, or the policy with its adapters disabled."""
-    if models.reference is not None:
-        yield models.reference
-    else:
-        with lora_disabled(models.policy):
-            yield models.policy
+    if models.reference is None:
+        return lora_disabled(models.policy)
+    return contextlib.nullcontext(models.reference)
 
 
 def load_models(args, device):
@@ -800,18 +799,20 @@ def shared_adapter(args):
 
 
 def policy_memory(args):
-    """Memory estimate of a PPO step: that of training the policy, with the critic added. Rollouts, at a time without
-    activations, keep keys and values instead (1.5 times, while finished rows are removed)."""
+    """Memory estimate of a PPO or Quark step: that of training the policy, and for PPO the critic. Rollouts need a
+    key-value cache in place of activations (1.5 times its size while finished rows are removed)."""
     config, _ = read_config(args.model, quiet=True)
     dtype, tokens = DTYPES[args.dtype], args.max_length + args.max_new_tokens
     model = on_meta(LLaMA, config).to(dtype)
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, train_sft.lora_modules(args))
-    estimate = memory_estimate(model, args.micro_batch_size * tokens, args.checkpoint_activations)
-    for name in ("gradients", "optimizer", "activations"):
-        estimate[name] *= 2
+    rows = min(args.micro_batch_size, args.batch_size // world_size())
+    estimate = memory_estimate(model, rows * tokens, args.checkpoint_activations)
+    if args.stage == "ppo":
+        for name in ("gradients", "optimizer", "activations"):
+            estimate[name] *= 2
     if not args.lora_rank:
-        estimate["weights"] *= 4
+        estimate["weights"] *= 4 if args.stage == "ppo" else 3
     elif not shared_adapter(args):
         estimate["weights"] *= 2
     per_token = 3 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -860,17 +861,15 @@ def check_policy_flags(args):
 
 def main(argv=None):
     args = parse(argv)
-    if args.stage == "both":
-        common = ["--seed", str(args.seed), "--noise", str(args.noise), "--device", args.device]
-        return main(["reward", *common]) or main(["ppo", *common])
     if DTYPES[args.dtype] in HALF and not args.lora_rank:
         raise InputError(f"--dtype {args.dtype} with all weights: at these learning rates rounding swallows the "
                          "updates: give --lora-rank 16, or leave --dtype at float32")
+    device = train_sft.set_up(args)
     if not args.data:
         args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
         if args.stage in POLICY_METHODS:
             args.reward = args.reward or built_in_reward(args.seed, args.noise, args.device)
-    device = train_sft.set_up(args)
+        torch.manual_seed(args.seed)                             # training these has drawn random numbers
     if args.stage in PAIR_METHODS:
         return train_pairs(args, device)
     return train_policy(args, device)
@@ -921,13 +920,9 @@ def add_quark_flags(p):
 def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in (*DEFAULTS, "-h", "--help"):
-        argv = ["both", *argv]
+        argv = ["ppo", *argv]                                    # the default stage
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = p.add_subparsers(dest="stage", required=True)
-    both = stages.add_parser("both", help="reward, then ppo, in the built-in world (the default)")
-    both.add_argument("--seed", type=nonnegative_int, default=0, help="of world, sampling and data order")
-    both.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
-    parsers = {"both": both}
+    stages, parsers = p.add_subparsers(dest="stage", required=True), {}
     for stage in DEFAULTS:
         parsers[stage] = stages.add_parser(
             stage, help="pairs -> model" if stage in PAIR_METHODS else "reward model -> policy",
@@ -936,17 +931,16 @@ def parse(argv):
         train_sft.add_common_flags(parsers[stage])
         parsers[stage].set_defaults(lora_rank=0, autocast=False, compile=False, zero=False)
         (add_pair_flags if stage in PAIR_METHODS else add_rollout_flags)(parsers[stage])
-    for parser in parsers.values():
-        parser.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.25,
-                            help="fraction of flipped labels in the built-in world")
+        parsers[stage].add_argument("--noise", type=in_range(float, 0, 0.5), default=0.25,
+                                    help="fraction of flipped labels in the built-in world")
     parsers["dpo"].add_argument("--beta", type=nonnegative_float, default=0.1, help="rewards per nat of log-ratio")
     add_ppo_flags(parsers["ppo"])
     add_quark_flags(parsers["quark"])
 
     args = p.parse_args(argv)
-    if args.stage != "both":
-        train_sft.fill_defaults(args, DEFAULTS[args.stage])
-        args.out = args.out or f"out/{args.stage}-{Path(args.data).stem if args.data else args.seed}"
+    train_sft.fill_defaults(args, DEFAULTS[args.stage])
+    name = str(args.seed) if args.noise == 0.25 else f"{args.seed}-noise-{args.noise}"
+    args.out = args.out or f"out/{args.stage}-{Path(args.data).stem if args.data else name}"
     return args
 
 

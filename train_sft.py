@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 
 from data import (
-    FORMATS, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate, encode, fraction, nonnegative_float,
-    nonnegative_int, positive_int, print0, read_conditioning, read_demonstrations, read_feedme, read_forward,
-    read_judge_training, read_judged, run_main, world_tokenizer)
+    FORMATS, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate, encode, fraction, in_range,
+    nonnegative_float, nonnegative_int, positive_int, print0, read_conditioning, read_demonstrations,
+    read_feedme, read_forward, read_judge_training, read_judged, run_main, world_tokenizer)
 from losses import nll_token_loss
 from model import (
     ATTENTION_MODULES, DTYPES, MLP_MODULES, Config, LLaMA, Run, add_lora, check_memory, distribute,
     lora_layers, lr_at, make_optimizer, memory_estimate, merge_lora, on_meta, rank, read_config,
     save_adapter, set_execution, setup_device, share, world_size)
 
-# Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's.
+# Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's, but for --max-length (512 there).
 DEFAULTS = {
     "format": ("alpaca", "short"),
     "max_length": (1024, 256),
@@ -68,12 +68,12 @@ def train(model, examples, steps, peak, seed, run, args):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         total = sum(len(e.response) for e in batch)               # response tokens, over all ranks
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
-        mine = share(batch) or [batch[0]._replace(response=[], judged=None)]
-        micro = [sft_batch(part, run.device) for part in chunks(mine, args.micro_batch_size)]
+        local = share(batch) or [batch[0]._replace(response=[], judged=None)]
+        micro = [sft_batch(part, run.device) for part in chunks(local, args.micro_batch_size)]
 
         loss_sum = 0.0
         for i, (tokens, targets) in enumerate(micro):
-            # DistributedDataParallel averages gradients over ranks in the last backward pass only.
+            # DDP averages gradients over ranks in the last backward pass only; it reads this switch in forward.
             model.require_backward_grad_sync = i == len(micro) - 1
             loss, _ = model(tokens, targets, nll_token_loss)      # summed over response tokens
             loss = loss / total
@@ -139,8 +139,8 @@ def main(argv=None):
 
     train(distribute(model), examples, args.steps, args.lr, args.seed, run, args)
 
-    token = 0 if args.recipe == "conditioning" else None        # the control token that asks for good answers
-    save_run(model, tokenizer, args, reward_token=token)
+    control = 0 if args.recipe == "conditioning" else None      # the control token that asks for good answers
+    save_run(model, tokenizer, args, reward_token=control)
     return run.finish()
 
 
@@ -155,7 +155,7 @@ def built_in(seed, judge, device=""):
 
 
 def set_up(args):
-    """Joins the ranks, checks the flags that depend on them, seeds; returns the device."""
+    """Joins the process group, checks the flags that depend on them, seeds; returns the device."""
     device = setup_device(args.device)
     if args.data and not args.model:
         raise InputError("--data needs --model, a checkpoint directory whose tokenizer reads it")
@@ -174,14 +174,14 @@ def set_up(args):
 
 
 def make_once(main, argv, out):
-    """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder. Delete
-    the folder to train anew."""
+    """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder."""
     unfinished = Path(out, "resume.pt").is_file()
     if unfinished or not Path(out, "config.json").is_file():
         if main([*argv, "--resume"] if unfinished else argv):
+            print0("run the same command again: it continues from there")
             raise SystemExit(130)                               # stopped by the user
     else:
-        print0(f"using {out}, made earlier; delete it to train it again")
+        print0(f"using {out}, made earlier (delete out/ to start over)")
     return out
 
 
@@ -208,7 +208,7 @@ def prepare(model, args, device):
 
 
 def start_run(model, optimizer, args, **state):
-    """A Run of these flags, resumed if --resume is given; `state` is what else it keeps for that."""
+    """A Run with these flags, resumed if --resume is given; `state`: further entries to save for resuming."""
     return Run(model, optimizer, args.out, vars(args), args.clip, args.save_every, args.resume, state)
 
 
@@ -229,14 +229,14 @@ def add_common_flags(p):
     p.add_argument("--model", default="", help="checkpoint directory to start from")
     p.add_argument("--data", default="", help="JSON or JSONL to train on (default: the built-in world)")
     p.add_argument("--format", choices=FORMATS, help="prompt format")
-    p.add_argument("--out", default="", help="run folder (default: out/METHOD-SEED, or out/METHOD-DATA)")
+    p.add_argument("--out", default="", help="run folder (default: in out/, named after method and seed or data)")
     p.add_argument("--resume", action="store_true", help="continue from the last save in the run folder")
     p.add_argument("--seed", type=nonnegative_int, default=0, help="of world, weights, sampling and data order")
-    p.add_argument("--batch-size", type=positive_int, help="examples a step, over all ranks")
+    p.add_argument("--batch-size", type=positive_int, help="examples an optimizer update, over all ranks")
     p.add_argument("--micro-batch-size", type=positive_int, help="examples a forward pass: what fits")
     p.add_argument("--max-length", type=positive_int, help="tokens; longer records are left out")
     p.add_argument("--lr", type=nonnegative_float, help="peak learning rate")
-    p.add_argument("--clip", type=nonnegative_float, default=1.0, help="gradient norm is clipped to this")
+    p.add_argument("--clip", type=in_range(float, 1e-6), default=1.0, help="maximum gradient norm (inf: no clipping)")
     p.add_argument("--lora-rank", type=nonnegative_int, help="rank of the adapters (0: train all weights)")
     p.add_argument("--lora-alpha", type=nonnegative_float, default=16.0, help="adapters are scaled by alpha / rank")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
@@ -278,11 +278,13 @@ def parse(argv):
     p.add_argument("--recipe", choices=RECIPES, default="demonstrations", help="how --data is read")
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches")
     p.add_argument("--steps", type=positive_int, help="optimizer steps (default: from --epochs)")
-    p.add_argument("--epochs", type=nonnegative_float, help="passes over the data, if --steps is not given")
+    p.add_argument("--epochs", type=nonnegative_float, help="passes over --data, if --steps is not given")
     p.add_argument("--warmup", type=fraction, default=0.03, help="fraction of the steps; then cosine")
     p.add_argument("--beta2", type=fraction, help="AdamW's decay of squared gradients")
     args = p.parse_args(argv)
     fill_defaults(args, DEFAULTS)
+    if args.recipe != "demonstrations" and not args.data:
+        raise InputError(f"--recipe {args.recipe} reads a file: give --data and --model")
     name = Path(args.data).stem if args.data else f"{args.seed}-{args.judge}"
     args.out = args.out or f"out/sft-{name}"
     return args

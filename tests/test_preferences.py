@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,7 +386,7 @@ def after_step(monkeypatch, step, action):
 
     def logged(self, **numbers):
         log(self, **numbers)
-        if numbers["step"] == step and pending:
+        if self.state["lines"] == step + 1 and pending:
             pending.pop()()
 
     monkeypatch.setattr(Run, "log", logged)
@@ -469,7 +470,7 @@ def load(small, stage, out, *more):
 
 def sampled(args, models, task):
     """Eight rollouts as the stage reads them; of Quark with all quantiles, asked with token 0."""
-    rollouts = train_ppo.roll_out(models.policy, task, task.records[:8], task.token, 1, args)
+    rollouts = train_ppo.roll_out(models.policy, task, task.records[:8], task.control, 1, args)
     read, _ = train_ppo.POLICY_METHODS[args.stage]
     return sorted(read(models, rollouts, args, CPU))
 
@@ -479,9 +480,9 @@ def check_update(loss, args, models, task, rollouts):
     gradient of the loss that autograd finds; returns its statistics."""
     parameters = list(models.trained.parameters())
     wanted, before = torch.autograd.grad(loss, parameters), [p.detach().clone() for p in parameters]
-    trainer = Run(args, models.trained, torch.optim.SGD(parameters, lr=0.0))
+    trainer = train_sft.start_run(models.trained, torch.optim.SGD(parameters, lr=0.0), args)
     _, update = train_ppo.POLICY_METHODS[args.stage]
-    statistics = update(models, models.trained, rollouts, trainer, 1.0, 1, task, args, CPU)
+    statistics = update(models, models.trained, rollouts, trainer, 1.0, 1, task, args)
     for p, old, gradient in zip(parameters, before, wanted):
         near(old - p, gradient, 1e-9)
         assert gradient.norm() > 0
@@ -685,13 +686,15 @@ def test_the_four_models_of_ppo_share_one_backbone(small):
         assert (r.logp - r.ref_logp).abs().max() > 1e-3 and (r.values == 0).all()         # the critic's head is 0
 
 
-def test_a_reward_model_without_adapters_is_held_beside_the_policy(small, capsys):
-    """A reward model of all weights taken for the policy's backbone, or not counted in the memory estimate."""
-    estimates = []
-    for more in ([], ["--lora-rank", 4, "--reward", small.whole], ["--lora-rank", 4]):
+def test_a_reward_model_without_adapters_is_held_beside_the_policy(small, tmp_path, capsys):
+    """A reward model of all weights, or adapters of another model, taken for the policy's backbone, or not counted in
+    the memory estimate."""
+    estimates, other = [], shutil.copytree(small.base, tmp_path / "other")
+    lora = ["--lora-rank", 4]
+    for more in ([], [*lora, "--reward", small.whole], [*lora, "--model", other], lora):
         estimates.append(train_ppo.policy_memory(train_ppo.parse(flags(small, "ppo", "none", *more)))["weights"])
     one = sum(p.nbytes for p in LLaMA.from_pretrained(small.base).parameters())
-    assert [round(estimate / one) for estimate in estimates] == [4, 2, 1]
+    assert [round(estimate / one) for estimate in estimates] == [4, 2, 2, 1]
     _, models, _ = load(small, "ppo", "none", "--lora-rank", 4, "--reward", small.whole)
     assert models.reference is None and "has no adapters of" in capsys.readouterr().out
     three = (models.policy, models.reward, models.trained.critic)
@@ -808,22 +811,23 @@ def test_the_stages_defaults():
         assert (args.format, args.out, args.lr) == ("short", f"out/{stage}-0", .5)      # what is given is not replaced
 
 
-def test_without_a_stage_reward_then_ppo(small, monkeypatch):
-    """A stage left out, in the wrong order, or without the seed and the noise that it was asked for."""
-    seen, codes = [], {"reward": 0, "ppo": 0}
-
-    def record(args, device):
-        seen.append((args.stage, args.seed, args.noise, args.device))
-        return codes[args.stage]
-
-    monkeypatch.setattr(train_ppo, "train_pairs", record)
-    monkeypatch.setattr(train_ppo, "train_policy", record)
+def test_without_a_stage_it_is_ppo_on_the_built_in_reward_model(small, monkeypatch):
+    """Another stage, a reward model of another seed or noise, or one that was stopped half way."""
+    seen, reward = [], lambda seed, noise, device: (seed, noise, device)
+    monkeypatch.setattr(train_ppo, "train_policy", lambda args, device: seen.append((args.stage, args.reward)) or 0)
     monkeypatch.setattr(train_sft, "built_in", lambda *args: str(small.base))
-    monkeypatch.setattr(train_ppo, "built_in_reward", lambda *args: str(small.whole))
+    monkeypatch.setattr(train_ppo, "built_in_reward", reward)
     assert train_ppo.main(["--seed", "3", "--noise", "0.1", "--device", "cpu"]) == 0
-    assert seen == [("reward", 3, .1, "cpu"), ("ppo", 3, .1, "cpu")]
-    codes["reward"] = 130                                                   # stopped: ppo must not begin
-    assert train_ppo.main(["--device", "cpu"]) == 130 and len(seen) == 3
+    assert seen == [("ppo", (3, .1, "cpu"))]
+    assert train_ppo.parse(["reward", "--noise", "0"]).out != train_ppo.parse(["reward"]).out
+
+    def stopped(*args):
+        raise SystemExit(130)
+
+    monkeypatch.setattr(train_ppo, "built_in_reward", stopped)
+    with pytest.raises(SystemExit):
+        train_ppo.main(["--device", "cpu"])
+    assert len(seen) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
