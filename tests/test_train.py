@@ -314,11 +314,12 @@ def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_
 
 @pytest.mark.parametrize("name", MAIN)
 def test_ctrl_c_leaves_a_usable_model_and_resumes_bitwise(job, tmp_path, name):
-    """A signal that is not heard, or only by an earlier run in the same process; a step done half, or twice."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    """A signal that is not heard, or is swallowed after the steps; a step done half, or twice."""
+    whole, parts, handler = tmp_path / "whole", tmp_path / "parts", signal.getsignal(signal.SIGINT)
     MAIN[name](job(name, whole))
     with at_step(2, press_ctrl_c):
         assert MAIN[name](job(name, parts)) == 130
+    assert signal.getsignal(signal.SIGINT) == handler
     assert len(metrics(parts)) == 3 and distance(parts, whole) > 0
     assert MAIN[name](job(name, parts, "--resume")) == 0
     assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
