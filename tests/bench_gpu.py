@@ -1,10 +1,11 @@
 """One step of CUT with LoRA at true size, beside transformers + PEFT written plainly:  python tests/bench_gpu.py 7b 13b
 
-Random weights of the true shapes, made on the device in bfloat16; a batch of 8 bad responses of 512 tokens after prompts
-of 512, in two passes, one response a micro-batch, CUT's adapters. The plain form shares the base weights, has adapters of
-its own, full logits in fp32 and the same activation checkpointing. Steps alternate; medians after a warm-up. MFU counts 4
-FLOPs a parameter and token (frozen base) plus causal attention, not the recomputation. Memory is the peak of a step above
-what was there before it. Without a GPU it runs a small shape on the CPU, which shows only that it runs.
+Random weights of the true shapes, made on the device in bfloat16; a batch of 8 bad responses of 512 tokens after
+prompts of 512, in two passes, one response a micro-batch, CUT's adapters. The plain form shares the base weights, has
+adapters of its own, full logits in fp32 and the same activation checkpointing. Steps alternate; medians after a warm-
+up. MFU counts 4 FLOPs a parameter and token (frozen base) plus causal attention, not the recomputation. Memory is the
+peak of a step above what was there before it. Without a GPU it runs a small shape on the CPU, which shows only that
+it runs.
 """
 import argparse
 import statistics
