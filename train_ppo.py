@@ -128,6 +128,10 @@ class Pair(NamedTuple):
         """Tokens of the longer of its two rows."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
+    def response_tokens(self):
+        """Tokens of both responses."""
+        return len(self.chosen) + len(self.rejected)
+
 
 def head_rewards(model, pairs, args, device):
     """The reward model's rewards: its head at the last token of prompt + response -> chosen (b,), rejected (b,)."""
@@ -163,18 +167,18 @@ def load_policy(args, device):
     return LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
 
 
-# stage: (the model that is trained, its rewards)
+# stage: (the model that is trained, its rewards, the length by which pairs are sorted into batches)
 PAIR_METHODS = {
-    "reward": (load_reward_model, head_rewards),
-    "dpo": (load_policy, implicit_rewards),
+    "reward": (load_reward_model, head_rewards, Pair.response_tokens),
+    "dpo": (load_policy, implicit_rewards, Pair.size),
 }
 
 
 def train_pairs(args, device):
     """Fits rewards to preferences by the Bradley-Terry loss: p(chosen wins) = sigmoid(r_chosen - r_rejected)."""
     tokenizer, train, held_out = load_pairs(args, device)
-    lengths = [len(p.chosen) + len(p.rejected) for p in train]
-    batches = Batches(lengths, args.batch_size, args.seed)
+    load_model, rewards_of, length = PAIR_METHODS[args.stage]
+    batches = Batches([length(p) for p in train], args.batch_size, args.seed)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
     warmup = math.ceil(args.warmup * steps)
     config, _ = read_config(args.model, quiet=True)
@@ -182,7 +186,6 @@ def train_pairs(args, device):
     rows = min(args.micro_batch_size, args.batch_size // world_size())
     train_sft.estimate_memory(config, 2 * rows * longest, args, device)
 
-    load_model, rewards_of = PAIR_METHODS[args.stage]
     model = load_model(args, device)
     train_sft.prepare(model, args, device)
     if args.stage == "dpo":                                      # before the weights of a resumed run are loaded
