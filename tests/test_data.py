@@ -5,9 +5,9 @@ import gzip
 import hashlib
 import http.server
 import json
+import math
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -51,9 +51,9 @@ def tokenizer(request):
     return request.getfixturevalue(request.param)
 
 
-def save_tiny_model(directory, tokenizer, rows=None):
-    """A model directory with `rows` embeddings (default: what the tokenizer needs)."""
-    LLaMA(Config(vocab_size=rows or tokenizer.vocab_size, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+def save_tiny_model(directory, tokenizer):
+    """A model directory; its embeddings are padded, as is usual."""
+    LLaMA(Config(vocab_size=tokenizer.vocab_size + 64, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
                  num_attention_heads=1, num_key_value_heads=1, head_dim=4)).save_pretrained(directory, tokenizer)
 
 
@@ -77,46 +77,37 @@ def refused(call, *parts):
 # Tokenizer
 
 
-def joined_apart_naive(tokenizer, prompt, response):
-    """Ids of the joined text, of our two halves, and of halves that are each encoded as if nothing stood before."""
+def check_ids(tokenizer, prompt, response):
+    """The ids of our halves are those of the joined text; a response encoded as if nothing stood before has others."""
     whole = [tokenizer.bos] + tokenizer.sp.encode(prompt + response) + [tokenizer.eos]
-    ours = tokenizer.encode_prompt(prompt) + tokenizer.encode_response(response)
-    return whole, ours, tokenizer.encode_prompt(prompt) + tokenizer.sp.encode(response) + [tokenizer.eos]
+    begin = tokenizer.encode_prompt(prompt)
+    assert begin + tokenizer.encode_response(response) == whole, repr(response)
+    assert response == "" or begin + tokenizer.sp.encode(response) + [tokenizer.eos] != whole, "this test sees nothing"
 
 
 @pytest.mark.parametrize("prompt_format", ["cut", "short"])
 def test_a_response_continues_its_prompt(tokenizer, prompt_format):
     """A dummy space slips in between prompt and response, so that the model trains on ids that no text has."""
     for text in TEXTS:
-        prompt = format_prompt({"instruction": "Say it.", "input": ""}, prompt_format, "It is wrong.")
-        whole, ours, naive = joined_apart_naive(tokenizer, prompt, text)
-        assert ours == whole, repr(text)
-        assert text == "" or naive != whole, "the naive way would have done: this test sees nothing"
+        check_ids(tokenizer, format_prompt(RECORD, prompt_format, "It is wrong."), text)
 
 
 @real
-def test_ids_of_all_published_pairs_are_those_of_the_joined_text(llama):
-    """The join works for tame texts only: all 1000 real responses, each of which the naive way gets wrong."""
-    records = D.read_outputs(REAL / "cut" / "train-alpaca-sample-iter1.json")
-    three = [joined_apart_naive(llama, format_prompt(r, "cut"), r["output"]) for r in records]
-    assert sum(ours == whole for whole, ours, _ in three) == 1000
-    assert sum(naive != whole for whole, _, naive in three) == 1000
+def test_ids_of_published_responses(llama):
+    """The join works for tame texts only, and not for all 1000 of CUT's."""
+    for record in D.read_outputs(REAL / "cut" / "train-alpaca-sample-iter1.json"):
+        check_ids(llama, format_prompt(record, "cut"), record["output"])
 
 
 def test_decode_undoes_encode(tokenizer):
-    """Decoding eats a leading space or newline, loses bytes, or ends at a </s> that is spelled in the text."""
+    """Decoding eats a leading space or newline, loses bytes, or ends at a </s> that is spelled in the text; or the
+    pieces of a marked response do."""
     for text in TEXTS + ["a</s>b", "<s>", "<unk>", "<0x0A>"]:
         ids = tokenizer.encode_response(text)
         assert ids[-1] == tokenizer.eos and ids.count(tokenizer.eos) == 1 and tokenizer.bos not in ids
         assert tokenizer.decode_response(ids) == text == tokenizer.decode_response(ids[:-1]), repr(text)
+        assert "".join(tokenizer.pieces(ids)) == text + "</s>"
         assert tokenizer.encode_prompt(text).count(tokenizer.bos) == 1
-
-
-def test_pieces_give_back_the_text(words):
-    """pieces() loses spaces or half of a character, and marked responses read differently from what was sampled."""
-    for text in ("The cat lives in the den, eats fish and is red.", "a é 漢😀"):
-        pieces = words.pieces(words.encode_response(text))
-        assert "".join(pieces[:-1]) == text and pieces[-1] == "</s>"
 
 
 def test_no_word_of_the_world_is_split(words):
@@ -135,12 +126,11 @@ def test_unusable_model_directories_are_refused(words, tmp_path):
         return Tokenizer.from_pretrained(tmp_path)
 
     model, config = tmp_path / "tokenizer.model", tmp_path / "config.json"
-    for more in (0, 64):                                                    # padded embeddings are usual
-        save_tiny_model(tmp_path, words, words.vocab_size + more)
-        assert load().encode_response("a b") == words.encode_response("a b")
-    save_tiny_model(tmp_path, words, words.vocab_size - 1)
+    save_tiny_model(tmp_path, words)
+    assert load().encode_response("a b") == words.encode_response("a b")
+    put(config, json.dumps({"vocab_size": words.vocab_size - 1}))
     refused(load, tmp_path, words.vocab_size, words.vocab_size - 1, "belong together")
-    for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', '{"vocab_size": null}', b"\xff"):
+    for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', b"\xff"):
         put(config, broken)
         refused(load, config, "vocab_size")
     config.unlink()
@@ -169,16 +159,15 @@ def test_companion_files_go_along(words, tmp_path):
     """The chat template of a base model is lost at the first save, or a link copies a private file into the model."""
     base, new = tmp_path / "base", tmp_path / "new"
     save_tiny_model(base, words)
-    put(base / "tokenizer_config.json", '{"chat_template": "x"}')
     put(base / "chat_template.jinja", "{{ x }}")
     (base / "special_tokens_map.json").symlink_to(put(tmp_path / "private", "secret"))
-    tokenizer = Tokenizer.from_pretrained(base)
     new.mkdir()
     for directory in (new, base):                                           # saving in place changes nothing
-        tokenizer.save(directory)
-        for name in ("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        Tokenizer.from_pretrained(base).save(directory)
+        for name in ("tokenizer.model", "tokenizer_config.json", "tokenizer.json"):
             assert (directory / name).read_bytes() == (base / name).read_bytes() != b""
-    assert (new / "chat_template.jinja").read_text() == "{{ x }}" and not (new / "special_tokens_map.json").exists()
+        assert (directory / "chat_template.jinja").read_text() == "{{ x }}"
+    assert not (new / "special_tokens_map.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,15 +205,14 @@ def test_prompts_equal_the_published_templates():
     assert FORMATS["alpaca"][:2] == (farm["prompt_noinputs"], farm["prompt_inputs"])
 
 
-def test_braces_in_a_text_are_text():
+@pytest.mark.parametrize("name", FORMATS)
+def test_braces_in_a_text_are_text(name):
     """str.format or a chain of replace fills fields that stand in the user's text, or fails on code."""
     nasty = "{instruction} {judgment} {input} {0} {} }{ %s \\1 \\g<0>"
-    for name in FORMATS:
-        plain = format_prompt(RECORD, name, "No.")
-        assert format_prompt({"instruction": nasty, "input": ""}, name, "No.") == plain.replace("Do.", nasty)
-        assert format_prompt(RECORD, name, nasty) == plain.replace("No.", nasty)
-        both = format_prompt({"instruction": nasty, "input": nasty}, name)
-        assert both == format_prompt(WITH_INPUT, name).replace("Do.", "@").replace("It.", nasty).replace("@", nasty)
+    for judgment in (None, nasty):
+        plain = format_prompt({"instruction": "@", "input": "@"}, name, judgment and "@")
+        filled = format_prompt({"instruction": nasty, "input": nasty}, name, judgment)
+        assert filled == plain.replace("@", nasty) and filled.count(nasty) == 2 + bool(judgment)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,84 +227,80 @@ READERS = {D.read_instructions: {"instruction": "i"}, D.read_demonstrations: {"i
 reader = pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
 
 
+FORMS = {"a.json": " \n[%s,\n %s]\n", "a.jsonl": "%s\n\n%s", "windows.jsonl": "\ufeff%s\r\n%s\r\n"}
+UNUSABLE = {"": "no records", " \n": "no records", "[]": "no records", "[{": "not JSON", "[GOOD,]": "not JSON",
+            "GOOD\n\n{oops\n": "line 3", "hello": "line 1", "[GOOD, 3]": "record 1 is int", "GOOD\nnull\n": "record 1",
+            '"text"': "record 0 is str", b"\xff\xfe[\x00]\x00": "UTF-8", b'[{"a": "caf\xe9"}]': "UTF-8"}
+WITH_OUTPUT = [D.read_outputs, D.read_demonstrations, D.read_judged]
+BAD_RECORDS = [                         # readers, key, its value (KeyError: it is absent), what the message says
+    (READERS, "instruction", None, "NoneType"), (READERS, "instruction", ["o"], "list"),
+    (READERS, "instruction", "\ud83d", "surrogate"), (READERS, "instruction", KeyError, "no key"),
+    (READERS, "instruction", " \n", "empty"), (READERS, "input", 3, "int"),
+    (WITH_OUTPUT, "output", None, "NoneType"), (WITH_OUTPUT, "output", KeyError, "no key"),
+    (WITH_OUTPUT, "output", " \n", "empty"), (WITH_OUTPUT, "output", "\ud83d", "surrogate"),
+    ([D.read_pairs, D.read_preferences], "output_1", ["o"], "list"),
+    ([D.read_pairs, D.read_preferences], "output_2", "\ud83d", "surrogate"),
+    ([D.read_preferences], "output_2", KeyError, "no key"),
+    (WITH_OUTPUT[1:], "judgment", 3, "null"), ([D.read_judged], "judgment", KeyError, "no key"),
+    ([D.read_judged], "judgment", " ", "null"), ([D.read_judged], "score", "7", "str"),
+    *[([D.read_preferences], "preference", value, "from 1 to 2") for value in (KeyError, None, "1", 3, 0, math.nan)],
+]
+
+
 @reader
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_lists_and_lines_are_read_alike(read, name, tmp_path):
-    """One of the two file forms is not understood, an absent input is not filled in, or unknown keys are lost."""
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_json_files(read, name, tmp_path):
+    """A list or lines, blank lines, Windows line ends, a byte order mark, gzip or a missing last newline break the
+    reader; an absent input is not filled in, or unknown keys are lost."""
     records = [{**READERS[read], "extra": [1, {"k": "é"}]}, {**READERS[read], "input": "x", "extra": 2}]
-    got = read(put(tmp_path / name, records))
+    text = FORMS[name] % tuple(map(json.dumps, records))
+    got = read(put(tmp_path / name, text))
     assert [r["extra"] for r in got] == [[1, {"k": "é"}], 2] and [r["input"] for r in got] == ["", "x"]
     assert all(r[k] == v for r in got for k, v in READERS[read].items() if k != "input")
+    assert read(put(tmp_path / "a.gz", gzip.compress(text.encode()))) == got
 
 
-def test_forms_of_json_files(tmp_path):
-    """Blank lines, Windows line ends, a byte order mark, gzip or a missing last newline break the reader; or U+2028 and
-    U+0085, which end a line for str.splitlines, a record that we wrote ourselves."""
-    for text in ('{"a": 1}\n\n{"a": 2}', '\ufeff{"a": 1}\r\n{"a": 2}\r\n', ' \n[{"a": 1},\n {"a": 2}]\n'):
-        assert D.read_json(put(tmp_path / "a", text)) == [{"a": 1}, {"a": 2}]
-        assert D.read_json(put(tmp_path / "a.gz", gzip.compress(text.encode()))) == [{"a": 1}, {"a": 2}]
+def test_line_separators_end_no_record(tmp_path):
+    """U+2028 and U+0085, which end a line for str.splitlines, break a record that we wrote ourselves."""
     records = [{"output": text} for text in ("a\nb", "a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "😀", "")]
     D.write_json_lines(tmp_path / "new" / "a.jsonl", records)
     assert D.read_json(tmp_path / "new" / "a.jsonl") == records
 
 
 @reader
-def test_unusable_files_are_named(read, tmp_path):
+@pytest.mark.parametrize("content", UNUSABLE)
+def test_unusable_files_are_named(read, content, tmp_path):
     """A traceback from json or pathlib instead of one line with the file's name and the place in it."""
-    path, good = tmp_path / "some.json", json.dumps(READERS[read])
-    refused(lambda: read(tmp_path / "absent.json"), tmp_path / "absent.json", "no such file")
-    for content, parts in {"": ["no records"], " \n": ["no records"], "[]": ["no records"], "[{": ["not JSON"],
-                           f"[{good},]": ["not JSON"], f"{good}\n\n{{oops\n": ["line 3"], "hello": ["line 1"],
-                           f"[{good}, 3]": ["record 1", "int"], f"{good}\nnull\n": ["record 1"],
-                           "[[1]]": ["record 0", "list"], '"text"': ["record 0", "str"],
-                           b"\xff\xfe[\x00]\x00": ["UTF-8"], b'[{"a": "caf\xe9"}]': ["UTF-8"]}.items():
-        refused(lambda: read(put(path, content)), path, *parts)
-    packed = gzip.compress(b"[{}]")
-    for content in (packed[:-6], b"[{}]"):
-        refused(lambda: read(put(tmp_path / "a.gz", content)), tmp_path / "a.gz", "cannot be read")
+    path, good, part = tmp_path / "some.json", json.dumps(READERS[read]), UNUSABLE[content]
+    if isinstance(content, str):
+        content = content.replace("GOOD", good)
+    refused(lambda: read(path), path, "no such file")
+    refused(lambda: read(put(path, content)), path, part)
+    for packed in (gzip.compress(b"[{}]")[:-6], b"[{}]"):
+        refused(lambda: read(put(tmp_path / "a.gz", packed)), tmp_path / "a.gz", "cannot be read")
 
 
-@reader
-def test_bad_records_are_named(read, tmp_path):
+@pytest.mark.parametrize("readers, key, value, part", BAD_RECORDS)
+def test_bad_records_are_named(readers, key, value, part, tmp_path):
     """A wrong record is found in mid-training, or the message does not say which file, record and key."""
-    path, good = tmp_path / "some.jsonl", READERS[read]
-
-    def check(key, value, *parts):
-        bad = {k: v for k, v in good.items() if k != key} if value is KeyError else {**good, key: value}
-        refused(lambda: read(put(path, [good, good, bad])), path, "record 2", repr(key), *parts)
-
-    for key in set(good) - {"input", "judgment", "preference"}:
-        check(key, None, "NoneType", "str")
-        check(key, ["o"], "list", "str")
-        check(key, "\ud83d", "surrogate")
-        if read is not D.read_pairs or key == "instruction":
-            check(key, KeyError, "no key")
-    check("input", 3, "int")
-    for key in {"instruction", "output"} & set(good):
-        check(key, " \n", "empty")
-    if read is D.read_outputs:
-        put(path, [{**good, "reference": "r"}, good])
-        refused(lambda: read(path, reference=True), path, "record 1", "'reference'")
-    if read in (D.read_demonstrations, D.read_judged):
-        check("judgment", 3, "int", "null")
-    if read is D.read_judged:
-        check("judgment", KeyError, "no key")
-        check("judgment", " ", "empty", "null")
-        check("score", "7", "str")
-    if read is D.read_preferences:
-        for value in (KeyError, None, "1", 3, 0, float("nan")):
-            check("preference", value, "from 1 to 2")
+    for read in readers:
+        good = READERS[read]
+        bad = {**good, key: value}
+        if value is KeyError:
+            del bad[key]
+        path = put(tmp_path / "some.jsonl", [good, good, bad])
+        refused(lambda: read(path), path, "record 2", repr(key), part)
 
 
 def test_what_prefer_compares(tmp_path):
     """Pairs and lists of outputs are mixed up, or found to be neither after an hour of sampling."""
-    pair, several = {"instruction": "i", "output_1": "a", "output_2": "b"}, {"instruction": "i", "output": ["a", "b"]}
-    assert D.read_pairs(put(tmp_path / "a.json", [several]))[0]["output"] == ["a", "b"]
-    assert "output" not in D.read_pairs(put(tmp_path / "a.json", [{**pair, "output": "c"}]))[0]
+    path, pair, several = tmp_path / "a.json", READERS[D.read_pairs], {"instruction": "i", "output": ["a", "b"]}
+    assert D.read_pairs(put(path, [several]))[0]["output"] == ["a", "b"]
+    assert "output" not in D.read_pairs(put(path, [{**pair, "output": "c"}]))[0]
     for records, *parts in [([pair, several], "records 0 and 1"), ([several, pair], "records 0 and 1"),
                             ([{**several, "output": ["a", 1]}], "record 0", "'output'"), ([BASE], "record 0"),
                             ([{"instruction": "i", "output_1": "a"}], "record 0", "'output_2'")]:
-        refused(lambda: D.read_pairs(put(tmp_path / "a.json", records)), tmp_path / "a.json", *parts)
+        refused(lambda: D.read_pairs(put(path, records)), path, *parts)
 
 
 def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
@@ -324,10 +308,10 @@ def test_noise_is_counted_and_left_out_only_on_request(tmp_path, capsys):
     noise = ["$ERROR$", "The response is perfect.", "\"the Response is PERFECT, as"]
     kept = ["The response is not perfect.", "It said $ERROR$."]
     path = put(tmp_path / "a.jsonl", [GOOD] + [{**BASE, "judgment": j} for j in noise + kept])
-    assert len(D.read_judged(path)) == 6
-    assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', kept" in capsys.readouterr().out
-    assert [r["judgment"] for r in D.read_judged(path, filter_noise=True)] == [None] + kept
-    assert "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', left" in capsys.readouterr().out
+    for filter_noise, judgments, word in [(False, [None] + noise + kept, "kept"), (True, [None] + kept, "left")]:
+        assert [r["judgment"] for r in D.read_judged(path, filter_noise=filter_noise)] == judgments
+        said = "5 negatives and 1 positives; of the negatives 1 '$ERROR$' and 2 'perfect', "
+        assert said + word in capsys.readouterr().out
     rated = D.read_judged(put(tmp_path / "a.json", [{**BAD, "score": score} for score in (6, 6.9, 7, 7.0, None)]))
     assert [r["judgment"] is None for r in rated] == [False, False, True, True, False]
     assert [r["id"] for r in rated] == [0, 1, 2, 3, 4]
@@ -337,7 +321,7 @@ def test_positives_are_sampled_in_proportion_to_negatives():
     """The ratio is taken of the positives, negatives get lost, or every run draws others."""
     records = [{**GOOD, "id": i} for i in range(100)] + [{**BAD, "id": i} for i in range(100, 142)]
     got = D.downsample_positives(records, 0.25)
-    assert sum(r["judgment"] is None for r in got) == 10 and sum(r["judgment"] is not None for r in got) == 42
+    assert len(got) == 10 + 42 and got[10:] == records[100:]
     assert [r["id"] for r in got] == sorted(r["id"] for r in got)
     assert got == D.downsample_positives(records, 0.25) != D.downsample_positives(records, 0.25, seed=1)
     assert D.downsample_positives(records, -1) == records == D.downsample_positives(records, 50)
@@ -348,19 +332,15 @@ def test_positives_are_sampled_in_proportion_to_negatives():
 def test_counts_of_the_published_judgments(capsys):
     """The filters or the sampling of positives no longer give the published numbers on CUT's first iteration."""
     path = REAL / "cut" / "train-alpaca-sample-iter1.json"
-    records = D.read_judged(path)
+    few = D.downsample_positives(D.read_judged(path), 0.25)
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in capsys.readouterr().out
-    clean, few = D.read_judged(path, filter_noise=True), D.downsample_positives(records, 0.25)
-    assert len(clean) == 1000 - 47 - 17 and sum(r["judgment"] is None for r in clean) == 713
-    assert sum(r["judgment"] is None for r in few) == 71 and len(few) == 71 + 287
-    assert all(len(D.read_judged(REAL / "cut" / f"train-alpaca-sample-iter{i}.json")) == 1000 for i in range(2, 6))
+    assert len(D.read_judged(path, filter_noise=True)) == 1000 - 47 - 17 and len(few) == 71 + 287
 
 
 @real
-@pytest.mark.parametrize("name,read,count", [
+@pytest.mark.parametrize("name, read, count", [
     ("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8), ("outputs_sft", D.read_outputs, 252),
-    ("outputs_rlhf", D.read_outputs, 252), ("outputs_baseline", D.read_demonstrations, 252),
-    ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
+    ("outputs_baseline", D.read_demonstrations, 252), ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
 def test_alpacafarms_files_are_read_as_published(name, read, count):
     """A check that is stricter than the published data."""
     assert len(read(REAL / "alpaca_farm" / f"{name}.json")) == count
@@ -405,13 +385,13 @@ def test_encode_gives_a_bad_response_two_prompts(words):
 def test_overlong_records_are_left_out_and_counted(words, capsys):
     """Long records are cut (losing EOS), dropped silently, or measured without the judgment that is read with them."""
     records = [{**GOOD, "id": "short"}, {**GOOD, "output": "o " * 50, "id": "long"}, {**BAD, "id": "judged"}]
-    sizes = [e.size() for e in encode(words, records, "short", 999)]
-    assert capsys.readouterr().out == "" and sizes[0] < sizes[2] < sizes[1]
-    assert [e.id for e in encode(words, records, "short", sizes[2])] == ["short", "judged"]
+    short, long, judged = (e.size() for e in encode(words, records, "short", 999))
+    assert capsys.readouterr().out == "" and short < judged < long
+    assert [e.id for e in encode(words, records, "short", judged)] == ["short", "judged"]
     out = capsys.readouterr().out
-    assert f"left out 1 of 3 records longer than {sizes[2]} tokens" in out and str(sizes[1]) in out and "long" in out
-    assert [e.id for e in encode(words, records, "short", sizes[2] - 1)] == ["short"]
-    refused(lambda: encode(words, records, "short", sizes[0] - 1), sizes[0] - 1, "--max-length")
+    assert f"left out 1 of 3 records longer than {judged} tokens" in out and str(long) in out
+    assert [e.id for e in encode(words, records, "short", judged - 1)] == ["short"]
+    refused(lambda: encode(words, records, "short", short - 1), short - 1, "--max-length")
     refused(lambda: encode(words, [], "short", 99), "no records left")
 
 
@@ -444,11 +424,10 @@ def test_a_batch_is_a_function_of_seed_and_step():
     """A resumed run sees other batches, because the order depends on earlier calls or on a shared generator."""
     lengths = np.random.default_rng(0).integers(5, 90, 300)
     forward = [Batches(lengths, 32, 7)(s) for s in range(30)]               # a fresh object each
-    one, order = Batches(lengths, 32, 7), np.random.default_rng(1).permutation(30)
+    one = Batches(lengths, 32, 7)
     np.random.seed(0), random.seed(0), torch.manual_seed(0)
-    assert all(one(int(s)) == forward[s] for s in order)
-    other = [Batches(lengths, 32, 8)(s) for s in range(10)]
-    assert all(set(a) != set(b) for a, b in zip(forward, other))
+    assert [one(s) for s in reversed(range(30))] == forward[::-1]
+    assert all(set(a) != set(Batches(lengths, 32, 8)(s)) for s, a in enumerate(forward))
     assert all(set(a) != set(b) for a, b in zip(forward, forward[10:]))
 
 
@@ -462,23 +441,17 @@ def test_chunks_share_a_batch_evenly():
             assert max(map(len, parts)) <= size and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def waste(lengths, order, micro):
-    """Fraction of padding among the positions of padded micro-batches; order: a list of batches."""
-    parts = [[lengths[i] for i in part] for batch in order for part in chunks(batch, micro)]
-    return 1 - sum(map(sum, parts)) / sum(len(part) * max(part) for part in parts)
-
-
 def test_little_of_a_batch_is_padding_and_lengths_mix(words):
     """The sorting by length is lost (measured: 0.5, 8.0, 21, 1.0, 8.9 %; unsorted batches 29 to 48 %), or goes so far
     that a step sees one kind of example only."""
     records = World(0).demonstrations(1500, D.judge_corrects)
     lengths = np.array([e.size() for e in encode(words, records, "short", 256, hindsight=True)])
-    order = np.random.default_rng(0).permutation(len(lengths)).tolist()
     for size, micro, bound in [(32, 4, .02), (32, 8, .1), (32, 16, .23), (128, 16, .02), (128, 32, .1)]:
         batches = Batches(lengths, size, 0)
         epoch = [batches(s) for s in range(batches.per_epoch)]
-        ours, plain = waste(lengths, epoch, micro), waste(lengths, chunks(order, size), micro)
-        assert ours < bound and ours < .6 * plain, (size, micro, ours, plain)
+        parts = [lengths[part] for batch in epoch for part in chunks(batch, micro)]
+        padded = sum(len(part) * max(part) for part in parts)
+        assert 1 - lengths.sum() / padded < bound, (size, micro)
         assert size > 32 or np.mean([lengths[b].std() for b in epoch]) > .7 * lengths.std()
 
 
@@ -491,44 +464,34 @@ def test_splits_are_disjoint():
     texts = {s: {r["instruction"] for stream in (0, 1, "sft", "replay") for r in World(0).instructions(s, 400, stream)}
              for s in ("train", "validation", "test")}
     assert len(set.union(*texts.values())) == sum(map(len, texts.values())) and len(texts["train"]) > 1000
-    first, second = ([r["instruction"] for r in World(0).instructions("train", 200, s)] for s in (0, 1))
-    assert len(set(first)) == 200 and len(set(first) & set(second)) < 20
-    assert {D.split_of(t) for t in texts["test"]} == {"test"}
+    first, second = ({r["instruction"] for r in World(0).instructions("train", 200, s)} for s in (0, 1))
+    assert len(first) == 200 and len(first & second) < 20
     assert .77 < np.mean([D.split_of(str(i)) == "train" for i in range(2000)]) < .83
 
 
-def digest():
-    """A fingerprint of what the world says."""
+def test_the_world_is_the_published_one():
+    """Something depends on hash(), on set order or on a global generator, so that ranks and resumed runs see other
+    worlds; or a random stream moves, and no number of README repeats."""
+    random.seed(3), np.random.seed(3)
     world = World(5)
     records = world.instructions("train", 60) + world.instructions("test", 60)
     said = [(r, world.demonstrate_once(r)) for r in records] + world.demonstrations(60, D.judge_corrects)
-    return hashlib.sha256(json.dumps([said, list(D.world_tokenizer().serialized)]).encode()).hexdigest()[:16]
-
-
-def test_the_world_is_the_published_one_in_every_process():
-    """Something depends on hash(), on set order or on a global generator, so that ranks and resumed runs see other
-    worlds; or a random stream moves, and no number of README repeats."""
-    code = "import sys; sys.path[:0] = sys.argv[1:]; import test_data; print(test_data.digest())"
-    ran = subprocess.run([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")], text=True, check=True,
-                         capture_output=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
-    random.seed(3), np.random.seed(3)
-    assert ran.stdout.split()[-1] == digest() == "38197595626f3c42"
+    said = json.dumps([said, list(D.world_tokenizer().serialized)])
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == "38197595626f3c42"
 
 
 def test_an_instruction_has_one_truth():
     """Two wordings of a question, or two streams, get different right answers; or other worlds get the same."""
-    world, truths, by_facts = World(1), {}, collections.defaultdict(set)
+    world, truths = World(1), {}
     for r in world.instructions("train", 600) + world.instructions("train", 600, "b") + world.instructions("test", 300):
-        assert truths.setdefault(r["instruction"], r["reference"]) == r["reference"]
-        by_facts[tuple(r["facts"])].add(r["reference"])
-        assert r["reference"] == r["answer"].format(*(world.facts[k].truth for k in r["facts"]))
-        assert join(units(r["reference"])) == r["reference"]
-    assert all(len(answers) == 1 for answers in by_facts.values()) and len(by_facts) < len(truths)
+        truth = r["answer"].format(*(world.facts[k].truth for k in r["facts"]))
+        assert r["reference"] == truth == join(units(truth))
+        assert truths.setdefault(tuple(r["facts"]), truth) == truth
+    assert 300 < len(truths) < 1500
     for (kind, *numbers), fact in world.facts.items():
         if kind in ("add", "sub"):
             assert int(fact.truth) == (sum(numbers) if kind == "add" else numbers[0] - numbers[1])
-        assert fact.truth not in (fact.misconception, *fact.others) and fact.misconception not in fact.others
-        assert fact.others
+        assert fact.others and len({fact.truth, fact.misconception, *fact.others}) == 2 + len(set(fact.others))
     assert any(World(2).facts[k].truth != f.truth for k, f in world.facts.items() if k[0] == "home")
 
 
@@ -539,12 +502,11 @@ def test_demonstrators_are_as_careless_as_described():
         blank = {**r, "answer": " ".join("{}" for _ in r["facts"])}
         for key, value in zip(r["facts"], world.demonstrate(blank, rng).split()):
             fact = world.facts[key]
-            told[fact.agreed, (fact.truth, fact.misconception, *fact.others).index(value)] += 1
-    counts = np.array([told[False, i] for i in range(20)])
-    assert told[True, 0] == sum(told.values()) - counts.sum() > 1000
-    assert np.abs([counts[0], counts[1], counts[2:].sum()] / counts.sum() - (.25, .5, .25)).max() < .04
+            told[fact.agreed, [fact.truth, fact.misconception, value].index(value)] += 1
+    disputed = np.array([told[False, i] for i in range(3)])
+    assert told[True, 0] > 1000 and told[True, 1] == told[True, 2] == 0
+    assert np.abs(disputed / disputed.sum() - (.25, .5, .25)).max() < .04
     assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
-    assert len({world.demonstrate_once(r) for _ in range(5)}) == 1
 
 
 def test_corruption_changes_one_to_three_places():
@@ -564,18 +526,18 @@ def test_corruption_changes_one_to_three_places():
 @pytest.mark.parametrize("style", JUDGES)
 def test_judged_demonstrations_leak_no_truth(style):
     """The SFT data tells the right answer of a disputed fact in a judgment, and CUT then has nothing left to teach."""
-    world = World(0)
+    world, right = World(0), 0
     facts_of = {r["instruction"]: r["facts"] for r in world.instructions("train", 1000, "sft")}
-    records, leaks, right = world.demonstrations(1000, JUDGES[style]), [], 0
-    assert len(records) == 2000 and set(facts_of) == {r["instruction"] for r in records}
-    for demo, judged in zip(records[::2], records[1::2]):
+    records = world.demonstrations(1000, JUDGES[style])
+    for demo, judged in zip(records[::2], records[1::2], strict=True):
         assert demo["judgment"] is None and demo["instruction"] == judged["instruction"]
         right += judged["judgment"] == "All of it is right."
         assert (judged["judgment"] == "All of it is right.") == (judged["output"] == demo["output"])
         told = set(units(judged["judgment"].replace("It leaves out", "")))              # "leaves" is a food, too
         shown = set(units(demo["output"] + " " + judged["output"]))
-        leaks += [(demo, judged) for k in facts_of[demo["instruction"]] if world.facts[k].truth in told - shown]
-    assert leaks == [] and .07 < right / 1000 < .13
+        truths = {world.facts[k].truth for k in facts_of.pop(demo["instruction"])}
+        assert not truths & (told - shown), (demo, judged)
+    assert not facts_of and .07 < right / 1000 < .13
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -587,9 +549,6 @@ CASES = {
     "replaced": (
         "The answer is 13.", "The answer is 12.", [(3, 4, ["12"])], 1, {3},
         "It says The answer is 13 where it should say 12.", "It says The answer is 13 and 13 is wrong."),
-    "two for one": (
-        "The cat eats fish.", "The cat eats old moss.", [(3, 4, ["old", "moss"])], 2, {3},
-        "It says The cat eats fish where it should say old moss.", "It says The cat eats fish and fish is wrong."),
     "one for two": (
         "The cat eats old moss.", "The cat eats fish.", [(3, 5, ["fish"])], 2, {3, 4},
         "It says The cat eats old moss where it should say fish.",
@@ -600,10 +559,6 @@ CASES = {
     "missing after a clause": (
         "The cat eats fish and in the den.", "The cat eats fish and lives in the den.", [(5, 5, ["lives"])], 1, {5},
         "It leaves out lives before in the den.", "Something is missing before in the den."),
-    "doubled": (
-        "The cat lives in the den den.", "The cat lives in the den.", [(6, 7, [])], 1, {6},
-        "It says lives in the den den and den does not belong.",
-        "It says lives in the den den and den does not belong."),
     "comma for a word": (
         "The cat eats fish, is red.", "The cat eats fish and is red.", [(4, 5, ["and"])], 1, {4},
         "It says The cat eats fish, where it should say and.", "It says The cat eats fish, and , is wrong."),
@@ -678,24 +633,6 @@ def test_at_most_three_faults_are_listed_and_mended(distortions):
     assert [len(differences(corrected(*pair), pair[1])) for pair in distortions] == [max(0, n - 3) for n in faults]
 
 
-def test_quotations_are_short_and_of_one_clause(distortions, monkeypatch):
-    """A quotation reaches into the clause before, where the same words stand about another fact."""
-    monkeypatch.setattr(D, "MOST_FAULTS", 99)
-    for response, reference in distortions:
-        words, said = units(response), judge_reference(response, reference, "points")
-        for begin, end, _ in differences(response, reference):
-            before = words[max(0, begin - 4):begin]
-            while {",", "and"} & set(before):
-                before.pop(0)
-            if end > begin:
-                assert f"It says {join(before + words[begin:end])} and " in said
-            elif before:
-                assert f"Something is missing after {join(before)}." in said
-            else:
-                behind = join(words[begin:begin + 3]).rstrip(" .") or "the end"
-                assert f"Something is missing before {behind}." in said
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Published data
 
@@ -724,14 +661,14 @@ class FileServer(http.server.BaseHTTPRequestHandler):
 def server():
     FileServer.content, FileServer.plan, FileServer.asked, FileServer.etag = b"0123456789" * 50_000, [], [], ""
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FileServer)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/"
     httpd.shutdown()
     httpd.server_close()
 
 
-@pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut"], 2), (["cut", "cut"], 3),
-                                            (["all cut", "all"], 2), (["too long"], 2)])
+@pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut", "cut"], 3), (["all cut", "all"], 2),
+                                            (["too long"], 2)])
 def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_path):
     """Starting over, appending to a file that the server sent from its beginning, keeping half a file as whole, giving
     up at a busy server, or at a part that is whole but was not renamed (HTTP 416)."""
@@ -743,8 +680,7 @@ def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_pat
         assert path.read_bytes() == FileServer.content and list(tmp_path.iterdir()) == [path]
         assert len(FileServer.asked) == requests
     if "cut" in plan:
-        assert FileServer.asked[:1] == [0] and 0 < FileServer.asked[1] <= 250_000
-        assert FileServer.asked == sorted(set(FileServer.asked))
+        assert FileServer.asked[0] == 0 < FileServer.asked[1] <= 250_000 < FileServer.asked[2]
 
 
 @pytest.mark.parametrize("given, stated", [("00", ""), ("", "0" * 64)])
@@ -797,26 +733,23 @@ def test_shepherds_two_files_line_up(tmp_path):
     """One of the two published files loses records, so that right answers are joined to the wrong questions."""
     files = [REAL / "shepherd" / name for name in ("human_data_for_model.jsonl", "human_data_raw.jsonl")]
     a, b = (D.read_judged(D.convert("shepherd", path, tmp_path)) for path in files)
-    assert len(a) == len(b) == 1317
+    assert len(a) == len(b) == 1317 and all(r["judgment"].strip() for r in a + b)
     assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
-    assert all(r["judgment"].strip() for r in a + b) and sum(r["reference"] is not None for r in b) == 1317
 
 
 def test_critiques_become_judged_responses(tmp_path, capsys):
     """The best-ranked answer with all its critiques; no critique is good; empty or unrefined ones are counted."""
-    def answer(text, *critiques, **feedback):
-        return {"answer": text, "feedback": {"rating": 3, "critiques": [
-            {"text": t, "refinement": r} for t, r in critiques], **feedback}}
+    def question(text, *answers, rankings=(1,)):
+        return {"question": text, "answers": answers, "rankings": rankings}
 
-    questions = [
-        {"question": "Q1", "answers": [answer("worse"), answer("better", ("c1", "r1"), ("c2", "r2"))],
-         "rankings": [1, 2]},
-        {"question": "Q2", "answers": [answer("good")], "rankings": [1]},
-        {"question": "Q3", "answers": [answer("skipped", skip=True)], "rankings": [1]},
-        {"question": "Q4", "answers": [answer("unrefined", ("c", ""))], "rankings": [1]},
-        {"question": "", "answers": [answer("no question")], "rankings": [1]},
-    ]
-    record = {"id": "a", "data": {"passage": {"title": "T", "text": "P"}, "questions": questions}}
+    def answer(text, *critiques, **feedback):
+        critiques = [{"text": t, "refinement": r} for t, r in critiques]
+        return {"answer": text, "feedback": {"rating": 3, "critiques": critiques, **feedback}}
+
+    record = {"id": "a", "data": {"passage": {"title": "T", "text": "P"}, "questions": [
+        question("Q1", answer("worse"), answer("better", ("c1", "r1"), ("c2", "r2")), rankings=(1, 2)),
+        question("Q2", answer("good")), question("Q3", answer("skipped", skip=True)),
+        question("Q4", answer("unrefined", ("c", ""))), question("", answer("no question"))]}}
     path = put(tmp_path / "train.jsonl.gz", gzip.compress(json.dumps(record).encode()))
     records = D.read_judged(D.convert("critiques", path, tmp_path / "critiques"))
     assert [(r["instruction"], r["output"], r["judgment"], r["reference"]) for r in records] == [
