@@ -21,26 +21,18 @@ import losses
 import model as model_file
 import train_cut
 import train_sft
+from conftest import ENVIRONMENT, ROOT, assert_equal_runs, distance, finish, metrics, torchrun, weights, without_time
 from data import IGNORE, InputError
 from model import Block, Config, LLaMA, Run, add_lora, make_optimizer, memory_estimate, on_meta, set_execution
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-MAIN = {"sft": train_sft.main, "cut": train_cut.main}
-# Sums depend on the number of threads.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A directory with a small random LLaMA and the built-in world's tokenizer."""
-    directory = tmp_path_factory.mktemp("base") / "model"
-    torch.manual_seed(0)
-    tokenizer = data.world_tokenizer()
-    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.1)
-    LLaMA(config).save_pretrained(directory, tokenizer, extra={"prompt_format": "short"})
-    return directory
+MAIN = {"sft": train_sft.main, "cut": train_cut.main, "lora": train_cut.main, "frozen": train_cut.main}
+FLAGS = {
+    "sft": [],
+    "cut": ["--downsample", -1, "--lora-rank", 0],
+    "lora": ["--downsample", -1, "--lora-rank", 4],
+    "frozen": ["--downsample", -1, "--lora-rank", 0, "--detect", "frozen", "--lam", 1.02, "--lr", 1e-2],
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +47,21 @@ def job(base, tmp_path_factory):
     (directory / "cut.json").write_text(json.dumps(good[:13] + bad[:20]))
 
     def arguments(name, out, *more):
-        argv = ["--model", base, "--data", directory / f"{name}.json", "--format", "short", "--device", "cpu",
-                "--steps", 10, "--batch-size", 8, "--micro-batch-size", 3, "--lr", 1e-3, "--out", out]
-        if name == "cut":
-            argv += ["--downsample", -1, "--lora-rank", 0]
-        return [str(a) for a in (*argv, *more)]                             # the later of two equal flags counts
+        path = directory / ("sft.json" if name == "sft" else "cut.json")
+        argv = ["--model", base, "--data", path, "--format", "short", "--device", "cpu", "--dtype", "float64",
+                "--steps", 8, "--batch-size", 8, "--micro-batch-size", 3, "--lr", 1e-3, "--out", out]
+        return [str(a) for a in (*argv, *FLAGS[name], *more)]               # the later of two equal flags counts
 
     return arguments
+
+
+@pytest.fixture(scope="module")
+def one_process(job, tmp_path_factory):
+    """The run folders of one process that nothing disturbs, which all other ways to run are compared with."""
+    directory = tmp_path_factory.mktemp("one")
+    for name, main in MAIN.items():
+        main(job(name, directory / name))
+    return directory
 
 
 def online(base, out, *more):
@@ -72,54 +72,18 @@ def online(base, out, *more):
 
 
 @pytest.fixture
-def short_answers():
-    """An untrained model seldom ends its answers, so measuring would take most of a test's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (evaluate, train_cut):
-            patch.setattr(module, "MAX_NEW_TOKENS", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def one_process(job, tmp_path_factory):
-    """The run folders of SFT and CUT by one process in float64, which other ways to run are compared with."""
-    directory = tmp_path_factory.mktemp("one")
-    for name, main in MAIN.items():
-        main(job(name, directory / name, "--dtype", "float64"))
-    return directory
-
-
-def weights(directory):
-    return LLaMA.from_pretrained(directory, torch.float64).state_dict()
-
-
-def distance(a, b):
-    """Largest difference between the weights of two directories; 0 if they are equal bit for bit."""
-    a, b = weights(a), weights(b)
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def metrics(directory):
-    """The lines of metrics.jsonl, without the time."""
-    return without_time(json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
+def small_world(monkeypatch):
+    """Short answers, since an untrained model seldom ends them, to few instructions: measuring would take longest."""
+    instructions = data.World.instructions
+    monkeypatch.setattr(data.World, "instructions", lambda self, split, count, *more:
+                        instructions(self, split, min(count, 100), *more))
+    for module in (evaluate, train_cut):
+        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 8)
 
 
 def rounds(directory):
     """The rounds in results.json, without the time."""
-    return without_time(json.loads((directory / "results.json").read_text())["rounds"])
-
-
-def without_time(lines):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_equal_runs(a, b, tolerance=1e-12):
-    """Equal metrics and equal weights, up to rounding."""
-    lines, others = metrics(a), metrics(b)
-    assert len(lines) == len(others) == 10
-    for line, other in zip(lines, others):
-        assert line == pytest.approx(other, rel=100 * tolerance, abs=100 * tolerance)
-    assert distance(a, b) <= tolerance
+    return [without_time(found) for found in json.loads((directory / "results.json").read_text())["rounds"]]
 
 
 class Killed(Exception):
@@ -153,19 +117,6 @@ def at_step(step, action, round=0):
 # Several processes
 
 
-def torchrun(script, argv, *how):
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, how), str(ROOT / script), *argv]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(*runs):
-    """Waits for the runs, which have to succeed, and returns what they printed."""
-    printed = [run.communicate(timeout=300) for run in runs]
-    for run, (_, errors) in zip(runs, printed):
-        assert run.returncode == 0, errors[-3000:]
-    return [out for out, _ in printed]
-
-
 def run_jobs():
     """What each process does when torchrun starts this file: several runs, because starting takes longest."""
     for name, argv, killed_at in json.loads(sys.argv[1]):
@@ -174,25 +125,19 @@ def run_jobs():
     return 0
 
 
-def test_two_processes_and_zero_equal_one_process(job, base, one_process, tmp_path):
+def test_two_processes_and_zero_equal_one_process(job, one_process, tmp_path):
     """A mean of each rank's own, a missing factor for DDP's average, a rank without an example that waits for ever;
     with --zero, moments that are not collected for the save, or parameters that their owner keeps to itself."""
-    sft, cut, lora, zero, unsharded = (
-        job(name, tmp_path / out, "--dtype", "float64", "--save-every", 4, *more) for name, out, *more in (
-            ("sft", "sft"), ("cut", "cut"), ("cut", "lora", "--lora-rank", 4), ("cut", "zero", "--zero"),
-            ("cut", "unsharded")))
-    jobs = [("sft", sft, None), ("cut", cut, None), ("cut", lora, None), ("cut", zero, 6),
-            ("cut", [*zero, "--resume"], None), ("cut", [*unsharded, "--zero"], 6)]
-    finish(torchrun("tests/test_train.py", [json.dumps(jobs)], "--standalone", "--nproc_per_node", 2))
-    for name in ("sft", "cut"):
-        start, end = weights(base), weights(one_process / name)
-        assert [n for n in start if torch.equal(start[n], end[n])] == [], "these were not trained"
-        assert_equal_runs(one_process / name, tmp_path / name)
-    train_cut.main([*lora, "--out", str(tmp_path / "one-lora")])
-    assert_equal_runs(tmp_path / "one-lora", tmp_path / "lora")
+    zero = job("cut", tmp_path / "zero", "--save-every", 4, "--zero")
+    unsharded = job("cut", tmp_path / "unsharded", "--save-every", 4)
+    jobs = [(name, job(name, tmp_path / name), None) for name in ("sft", "cut", "lora")]
+    jobs += [("cut", zero, 6), ("cut", [*zero, "--resume"], None), ("cut", [*unsharded, "--zero"], 6)]
+    finish(torchrun("tests/test_train.py", [json.dumps(jobs)]))
     train_cut.main([*unsharded, "--resume"])                    # what two processes have sharded, one goes on with
+    for name in ("sft", "cut", "lora"):
+        assert_equal_runs(one_process / name, tmp_path / name, 1e-12)
     for name in ("zero", "unsharded"):
-        assert_equal_runs(one_process / "cut", tmp_path / name)
+        assert_equal_runs(one_process / "cut", tmp_path / name, 1e-12)
     with pytest.raises(InputError, match="--zero shards the optimizer state over ranks, and there is 1"):
         train_cut.main(zero)
 
@@ -219,52 +164,35 @@ def test_two_nodes_equal_one_process(base, tmp_path):
 # Flags that change memory and speed, not the result
 
 
-@pytest.mark.parametrize("name", MAIN)
-def test_micro_batches_do_not_change_the_result(job, one_process, tmp_path, name):
-    """A mean of means, or padding that counts."""
-    for size in (1, 8):
-        MAIN[name](job(name, tmp_path / str(size), "--dtype", "float64", "--micro-batch-size", size))
-        assert_equal_runs(one_process / name, tmp_path / str(size))
-
-
-@pytest.mark.parametrize("name, lora_rank", [("sft", 0), ("cut", 0), ("cut", 4)])
-def test_activation_checkpointing_gives_the_same_bits(job, tmp_path, monkeypatch, name, lora_rank):
-    """A block that is recomputed otherwise, or not recomputed at all."""
+@pytest.mark.parametrize("name, flag, value, tolerance", [
+    ("sft", "--micro-batch-size", ["1"], 1e-12),
+    ("cut", "--micro-batch-size", ["1"], 1e-12),
+    ("cut", "--micro-batch-size", ["8"], 1e-12),
+    ("sft", "--checkpoint-activations", [], 0),
+    ("cut", "--checkpoint-activations", [], 0),
+    ("lora", "--checkpoint-activations", [], 0)])
+def test_what_saves_memory_does_not_change_the_result(job, one_process, tmp_path, monkeypatch, name, flag, value,
+                                                      tolerance):
+    """A mean of means, or padding that counts; a block that is recomputed otherwise, or not recomputed at all."""
     calls, checkpoint = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
-    MAIN[name](job(name, tmp_path / "plain", "--lora-rank", lora_rank))
-    assert not calls
-    MAIN[name](job(name, tmp_path / "recomputed", "--lora-rank", lora_rank, "--checkpoint-activations"))
-    assert calls and distance(tmp_path / "plain", tmp_path / "recomputed") == 0
-
-
-def test_autocast_computes_in_bf16_and_keeps_fp32_weights(job, base, tmp_path, short_answers):
-    """Weights rounded to bf16, or matmuls that stay in fp32; sampling whose cache has another dtype than its keys."""
-    train_sft.main(job("sft", tmp_path / "plain"))
-    train_sft.main(job("sft", tmp_path / "autocast", "--autocast"))
-    exact, rounded = ([line["loss"] for line in metrics(tmp_path / d)] for d in ("plain", "autocast"))
-    assert exact != rounded and exact == pytest.approx(rounded, rel=2e-2)
-    assert any((w != w.bfloat16()).any() for w in weights(tmp_path / "autocast").values())
-    train_cut.main(online(base, tmp_path / "online", "--autocast", "--checkpoint-activations", "--rounds", 1))
-    assert len(rounds(tmp_path / "online")) == 1
-    with pytest.raises(InputError, match="--autocast with --dtype bfloat16"):
-        train_sft.main(job("sft", tmp_path / "no", "--autocast", "--dtype", "bfloat16"))
+    MAIN[name](job(name, tmp_path, flag, *value))
+    assert_equal_runs(one_process / name, tmp_path, tolerance)
+    assert bool(calls) == (flag == "--checkpoint-activations")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("name, more", [
-    ("sft", []), ("cut", ["--lora-rank", 4]), ("cut", ["--checkpoint-activations"])])
-def test_compiled_blocks_train_alike(job, tmp_path, monkeypatch, name, more):
+@pytest.mark.parametrize("name, more", [("sft", []), ("lora", []), ("cut", ["--checkpoint-activations"])])
+def test_compiled_blocks_train_alike(job, one_process, tmp_path, monkeypatch, name, more):
     """A compiled block that computes something else, or that is compiled again for every length and layer."""
     compiled, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(Block, "compile", lambda self, **k: compiled.append(self) or compile_module(self, **k))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    MAIN[name](job(name, tmp_path / "plain", "--dtype", "float64", *more))
-    MAIN[name](job(name, tmp_path / "compiled", "--dtype", "float64", *more, "--compile"))
+    MAIN[name](job(name, tmp_path, *more, "--compile"))
     assert len(compiled) == 2 and 0 < torch._dynamo.utils.counters["frames"]["ok"] <= 12
-    assert_equal_runs(tmp_path / "plain", tmp_path / "compiled", 1e-9)
+    assert_equal_runs(one_process / name, tmp_path, 1e-9)
 
 
 def test_compile_says_why_it_does_not_work(job, tmp_path, monkeypatch):
@@ -277,52 +205,53 @@ def test_compile_says_why_it_does_not_work(job, tmp_path, monkeypatch):
         train_sft.main(job("sft", tmp_path / "out", "--compile"))
 
 
+def test_autocast_computes_in_bf16_and_keeps_fp32_weights(job, base, one_process, tmp_path, small_world):
+    """Weights rounded to bf16, or matmuls that stay in fp32; sampling whose cache has another dtype than its keys."""
+    train_sft.main(job("sft", tmp_path / "autocast", "--dtype", "float32", "--autocast"))
+    exact, rounded = ([line["loss"] for line in metrics(d)] for d in (one_process / "sft", tmp_path / "autocast"))
+    assert exact == pytest.approx(rounded, rel=2e-2) and exact != pytest.approx(rounded, rel=1e-5)
+    assert any((w != w.bfloat16()).any() for w in weights(tmp_path / "autocast").values())
+    train_cut.main(online(base, tmp_path / "online", "--autocast", "--checkpoint-activations", "--rounds", 1))
+    assert len(rounds(tmp_path / "online")) == 1
+    with pytest.raises(InputError, match="--autocast with --dtype bfloat16"):
+        train_sft.main(job("sft", tmp_path / "no", "--autocast", "--dtype", "bfloat16"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping and resuming
 
 
-@pytest.mark.parametrize("name, more", [
-    ("sft", []), ("cut", ["--lora-rank", 4]), ("cut", ["--detect", "frozen", "--lam", 1.02, "--lr", 1e-2])])
-def test_a_killed_run_resumes_bitwise(job, tmp_path, name, more):
-    """Optimizer state, position in the data or schedule lost; frozen flags made anew; metrics twice or missing."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    argv = job(name, parts, "--save-every", 4, *more)
-    MAIN[name]([*argv, "--out", str(whole)])
+@pytest.mark.parametrize("name", MAIN)
+def test_a_stopped_run_resumes_bitwise(job, one_process, tmp_path, name):
+    """Optimizer state, position in the data or schedule lost; frozen flags made anew; metrics twice or missing; a
+    Ctrl-C that is not heard, or that leaves no usable model; a step done half, or twice."""
+    argv, handler = job(name, tmp_path, "--save-every", 4), signal.getsignal(signal.SIGINT)
     with at_step(6, die), pytest.raises(Killed):
         MAIN[name](argv)
-    assert len(metrics(parts)) == 6, "two lines more than the save at step 4 knows"
+    assert len(metrics(tmp_path)) == 6, "two lines more than the save at step 4 knows"
+    with at_step(6, press_ctrl_c):
+        assert MAIN[name]([*argv, "--resume"]) == 130
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert len(metrics(tmp_path)) == 7 and distance(one_process / name, tmp_path) > 0
     assert MAIN[name]([*argv, "--resume"]) == 0
-    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
+    assert_equal_runs(one_process / name, tmp_path)
 
 
-def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_path, monkeypatch, short_answers):
+def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_path, small_world):
     """Samples, flags or results of the rounds lost, or made by a model that has moved on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     argv = online(base, parts, "--detect", "frozen")
     train_cut.main([*argv, "--out", str(whole)])
     with at_step(3, die, round=1), pytest.raises(Killed):
         train_cut.main(argv)
-    monkeypatch.setattr(train_cut, "save_run", lambda *args: die())
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_cut, "save_run", lambda *args: die())
         train_cut.main([*argv, "--resume"])
     assert not (parts / "results.json").exists()
-    monkeypatch.undo()
     assert train_cut.main([*argv, "--resume"]) == 0
-    assert metrics(parts) == metrics(whole) and rounds(parts) == rounds(whole) and distance(parts, whole) == 0
+    assert_equal_runs(whole, parts)
+    assert rounds(parts) == rounds(whole)
     assert metrics(whole)[4]["lr"] == pytest.approx(0.6 * metrics(whole)[0]["lr"]), "--lr-decay"
-
-
-@pytest.mark.parametrize("name", MAIN)
-def test_ctrl_c_leaves_a_usable_model_and_resumes_bitwise(job, tmp_path, name):
-    """A signal that is not heard, or is swallowed after the steps; a step done half, or twice."""
-    whole, parts, handler = tmp_path / "whole", tmp_path / "parts", signal.getsignal(signal.SIGINT)
-    MAIN[name](job(name, whole))
-    with at_step(2, press_ctrl_c):
-        assert MAIN[name](job(name, parts)) == 130
-    assert signal.getsignal(signal.SIGINT) == handler
-    assert len(metrics(parts)) == 3 and distance(parts, whole) > 0
-    assert MAIN[name](job(name, parts, "--resume")) == 0
-    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
 
 
 def test_what_may_be_resumed(job, base, tmp_path):
@@ -342,7 +271,7 @@ def test_what_may_be_resumed(job, base, tmp_path):
     kill(6)
     refused("--lr was 0.001, is 0.002: resume with equal flags", "--resume", "--lr", "2e-3")
     train_sft.main([*argv, "--resume", "--micro-batch-size", "1", "--save-every", "2", "--checkpoint-activations"])
-    assert len(metrics(out)) == 10 and not (out / "resume.pt").exists()
+    assert len(metrics(out)) == 8 and not (out / "resume.pt").exists()
     refused("resume.pt: nothing to resume", "--resume")
     kill(6)
     saved = torch.load(out / "resume.pt", weights_only=True)
@@ -458,7 +387,7 @@ def test_the_first_step_is_the_papers_loss(job, base, tmp_path, name, flags, set
 
 
 @pytest.mark.parametrize("recipe, key", [("corrected", "correction"), ("sft", "demonstration")])
-def test_recipes_on_other_answers(base, tmp_path, recipe, key, short_answers):
+def test_recipes_on_other_answers(base, tmp_path, recipe, key, small_world):
     """The sampled answer trained on in place of the right one."""
     argv = online(base, tmp_path, "--recipe", recipe, "--rounds", 1, "--batch-size", 20)
     found = first_step(train_cut.main, argv)
@@ -470,10 +399,9 @@ def test_detection_is_live_frozen_or_all(job, tmp_path):
     """Frozen flags that follow the model, live ones that do not, or a token that `all` leaves out."""
     flagged = {}
     for detect in ("live", "frozen", "all"):
-        out, four_steps = tmp_path / detect, ("--lr", 1e-2, "--batch-size", 33, "--steps", 4)
-        train_cut.main(job("cut", out, "--detect", detect, "--lam", 1.02, *four_steps))
-        flagged[detect] = [line["flagged"] for line in metrics(out)]
-    assert flagged["all"] == [1] * 4 and flagged["frozen"] == [flagged["live"][0]] * 4
+        train_cut.main(job("frozen", tmp_path, "--detect", detect, "--batch-size", 33, "--steps", 3))
+        flagged[detect] = [line["flagged"] for line in metrics(tmp_path)]
+    assert flagged["all"] == [1] * 3 and flagged["frozen"] == [flagged["live"][0]] * 3
     assert len(set(flagged["live"])) > 1
 
 
@@ -481,7 +409,7 @@ def test_detection_is_live_frozen_or_all(job, tmp_path):
 # Whole jobs
 
 
-def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, short_answers):
+def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, small_world):
     """python train_cut.py: train the SFT model, then sample, judge, detect, train and measure, stopped by Ctrl-C in
     each of the two runs; the fields of results.json."""
     monkeypatch.chdir(tmp_path)
@@ -506,7 +434,7 @@ def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, short_answers):
     assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
 
 
-def test_offline_rounds_are_sampled_from_the_first_model(base, tmp_path, short_answers):
+def test_offline_rounds_are_sampled_from_the_first_model(base, tmp_path, small_world):
     """Responses of a later round from a model that has been trained."""
     second = {}
     for name, more in (("offline", ["--offline"]), ("online", []), ("untrained", ["--lr", 0])):
@@ -535,15 +463,11 @@ def test_cuts_published_file_on_a_llama(tmp_path, capsys):
 # Bad input
 
 
-@pytest.mark.parametrize("name", MAIN)
-def test_a_loss_that_is_not_finite_stops_the_run(job, base, tmp_path, name):
+@pytest.mark.parametrize("name", ["sft", "cut"])
+def test_a_loss_that_is_not_finite_stops_the_run(job, nan_model, tmp_path, name):
     """A NaN that is skipped or trained on; the message names the step and the examples."""
-    model = LLaMA.from_pretrained(base)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    model.save_pretrained(tmp_path / "nan", data.Tokenizer.from_pretrained(base))
     with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan; examples \['[\w-]+', "):
-        MAIN[name](job(name, tmp_path / "out", "--model", tmp_path / "nan"))
+        MAIN[name](job(name, tmp_path / "out", "--model", nan_model))
 
 
 def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path):
@@ -551,10 +475,11 @@ def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path):
     broken, path = shutil.copytree(base, tmp_path / "model"), tmp_path / "judged.json"
     (broken / "model.safetensors").unlink()
     path.write_text(json.dumps([{"instruction": "a", "input": "", "output": "b", "judgment": 3}]))
-    run = script(["--model", str(broken), "--data", str(path)], stderr=subprocess.PIPE)
-    _, errors = run.communicate(timeout=60)
-    assert errors.startswith(f"error: {path}: record 0: 'judgment' is int") and errors.count("\n") == 1
-    assert run.returncode == 1
+    argv = ["--model", str(broken), "--data", str(path), "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: train_cut.main(argv))
+    message = stopped.value.code                                # Python prints it, and ends with status 1
+    assert message.startswith(f"error: {path}: record 0: 'judgment' is int") and "\n" not in message
 
 
 @pytest.mark.parametrize("flags", [
@@ -577,13 +502,6 @@ def test_a_batch_has_to_be_a_multiple_of_the_ranks(job, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
-
-
-def estimated(config, dtype, tokens, lora_rank=0, **more):
-    model = on_meta(LLaMA, config).to(dtype)
-    if lora_rank:
-        add_lora(model, lora_rank)
-    return memory_estimate(model, tokens, **more)
 
 
 def train_on_random_tokens(config, dtype, passes, lora_rank, checkpoint, autocast):
@@ -628,35 +546,21 @@ def test_the_memory_estimate_is_within_15_percent(dtype, lora_rank, passes, auto
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    estimate = estimated(config, dtype, 1024, lora_rank, checkpoint=checkpoint, autocast=autocast)
+    model = on_meta(LLaMA, config).to(dtype)
+    if lora_rank:
+        add_lora(model, lora_rank)
+    estimate = memory_estimate(model, 1024, checkpoint=checkpoint, autocast=autocast)
     print(f"estimate {sum(estimate.values()) / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB", estimate)
     assert sum(estimate.values()) == pytest.approx(peak, rel=0.15)
-
-
-@pytest.mark.parametrize("hidden, intermediate, layers, lora, full", [(4096, 11008, 32, 15, 110),
-                                                                      (5120, 13824, 40, 28, 211)])
-def test_memory_estimates_of_7b_and_13b(hidden, intermediate, layers, lora, full):
-    """README's table in GB, of one pair of 1,024 tokens in two passes: LoRA in bf16, and all weights in fp32. Nothing
-    of that size may be allocated to find out."""
-    heads = hidden // 128
-    config = Config(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=heads, head_dim=128)
-    small = estimated(config, torch.bfloat16, 2048, 16, checkpoint=True)
-    large = estimated(config, torch.float32, 2048, checkpoint=True)
-    assert sum(small.values()) / 1e9 == pytest.approx(lora, rel=0.02)
-    assert sum(large.values()) / 1e9 == pytest.approx(full, rel=0.02)
-    assert estimated(config, torch.bfloat16, 2048, 16)["activations"] > 10 * small["activations"]
-    assert large["optimizer"] == 2 * large["gradients"] == 2 * large["weights"]
-    assert estimated(config, torch.float32, 2048, ranks=8)["optimizer"] == large["optimizer"] // 8
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(job, tmp_path, monkeypatch, capsys):
     """Out of memory after a load of twenty minutes, in a message that names no flag."""
     monkeypatch.setattr(model_file, "available_memory", lambda device: 1_000_000)
     monkeypatch.setattr(LLaMA, "from_pretrained", None)
-    for name, main in MAIN.items():
+    for name in ("sft", "cut"):
         with pytest.raises(InputError, match=r"takes about [\d.]+ MB.* 0.0 GB are free on cpu: lower --micro-batch"):
-            main(job(name, tmp_path / "out"))
+            MAIN[name](job(name, tmp_path / "out"))
         assert "memory estimate: " in capsys.readouterr().out
 
 
@@ -681,44 +585,36 @@ from model import LLaMA
 model = LLaMA.from_pretrained(sys.argv[1], torch.bfloat16)
 with torch.no_grad():
     total = sum(p.max().item() for p in model.parameters())         # every page is read
-    model.lm_head.weight.add_(1)                                    # and some are written
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
 def test_a_1b_checkpoint_loads_without_a_second_copy(tmp_path):
-    """1.1 B parameters in bf16: anonymous memory far below the file's size, and a file that training never touches."""
+    """1.1 B parameters in bf16, read into anonymous memory in place of the file's own pages."""
     shape = Config(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                    num_attention_heads=32, num_key_value_heads=4, head_dim=64)
-    model = on_meta(LLaMA, shape).to(torch.bfloat16).to_empty(device="cpu")
-    for p in model.parameters():
-        p.data.fill_(0.01)
-    model.save_pretrained(tmp_path)
-    del model
+    on_meta(LLaMA, shape).to(torch.bfloat16).to_empty(device="cpu").save_pretrained(tmp_path)
     path, peak = tmp_path / "model.safetensors", 0
-    before = path.stat()
     run = subprocess.Popen([sys.executable, "-c", LOAD, str(tmp_path)], env=ENVIRONMENT)
     while run.poll() is None:
         status = Path(f"/proc/{run.pid}/status").read_text()
         if "RssAnon:" in status:                                            # not in that of a process that has ended
             peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
         time.sleep(0.005)
-    print(f"{peak / 1e9:.2f} GB of anonymous memory, Python's own included, for {before.st_size / 1e9:.2f} GB")
-    assert run.returncode == 0 and before.st_size > 2.19e9 and 0 < peak < 0.25 * before.st_size
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
-    assert model_file.read_weights(tmp_path)["lm_head.weight"].max() < 0.02, "a written page reached the file"
+    size = path.stat().st_size
     path.unlink()
+    print(f"{peak / 1e9:.2f} GB of anonymous memory, Python's own included, for {size / 1e9:.2f} GB")
+    assert run.returncode == 0 and size > 2.19e9 and 0 < peak < 0.25 * size
 
 
 @pytest.mark.slow
 def test_the_gpu_bench_runs_without_one():
     """A bench that is first found broken on the day when there is a GPU."""
     pytest.importorskip("peft")
-    command, start = [sys.executable, str(ROOT / "tests" / "bench_gpu.py")], time.time()
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
-    assert "no GPU" in printed and "ours / plain: tokens/s" in printed and time.time() - start < 60
+    command, environment = [sys.executable, ROOT / "tests" / "bench_gpu.py"], {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "no GPU" in printed and "ours / plain: tokens/s" in printed
 
 
 if __name__ == "__main__":
