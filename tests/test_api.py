@@ -310,7 +310,7 @@ def test_retry_after_is_a_minimum(serve, tmp_path, monkeypatch, header, least):
     answer, = client(server, tmp_path, tries=6).complete(questions(1))
     assert answer.reason == "HTTP 503: later" and server.calls == 6
     pauses = [p for p in pauses if p]                                       # without the server's own
-    assert least <= pauses[0] <= least + 2 if least else pauses.pop(0) < 1
+    assert len(pauses) == 4 if header == "nonsense" else least <= pauses[0] <= least + 2
     assert [round(p - 0.25) for p in pauses[-4:]] == [1, 2, 4, 8]
 
 
@@ -474,7 +474,7 @@ def test_judging_and_refining_through_an_api(serve, tmp_path):
     for text in ("Say 2.\n\ninput 2\n", "answer 2 {output} {judgment}\n"):
         assert text in p["messages"][1]["content"]
     server = serve(answer=lambda p: f" new {number(p)}\n",
-                   fault=lambda _, p: (400, {}, "no") if "8 is wrong." in p["messages"][0]["content"] else None)
+                   fault=lambda _, p: (400, {}, "no") if number(p) == 8 else None)
     done, failed, stats = run("refine", server, judged, tmp_path / "refined.jsonl")
     assert server.calls == 13 and len(done) == 12 == stats["records"] and [r["id"] for r in failed] == ["x8"]
     criticized = [r for r in judged if r["judgment"] and r["id"] != "x8"]
@@ -644,7 +644,7 @@ def test_draws_are_equal_in_every_process():
     api = types.SimpleNamespace(complete=lambda payloads: [sent.append(p) or simulate.Answer("") for p in payloads])
     annotate = simulate.ask_annotators(api, dict.fromkeys(("strong", "medium", "basic"), "m"), 0)
     draws = [pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent]
-    assert fingerprint(draws) == "DIGEST"
+    assert fingerprint(draws) == "0776a9e2753d1283"
 
 
 @pytest.fixture(scope="module")
@@ -658,6 +658,7 @@ def world_pairs():
     return pairs
 
 
+@pytest.mark.parametrize("accuracy, noise", [(1.0, 0.25), (0.8, 0.25), (0.8, 0.0)])
 def test_noise_arithmetic(world_pairs, accuracy, noise):
     """Noise flips with another probability than it says, prefers a side, or hits the annotators' own mistakes
     unevenly; or one order is shown more often."""
