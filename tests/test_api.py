@@ -30,6 +30,7 @@ from simulate import ANNOTATORS, SINGLE, STYLES, Client, chat, find_labels, pars
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "sk-do-not-tell-7Qx93"
+os.environ.pop("OPENAI_API_KEY", None)
 torch.set_num_threads(1)
 
 
@@ -96,7 +97,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock, self.payloads, self.authorizations = threading.Lock(), [], set()
         self.answered = collections.Counter()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def calls(self):
@@ -107,28 +108,9 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @pytest.fixture
-def serve():
-    """Starts servers and stops them at the end."""
-    servers = []
-
-    def start(*args, **kw):
-        servers.append(Server(*args, **kw))
-        return servers[-1]
-    yield start
-    for s in servers:
-        s.shutdown()
-        s.server_close()
-
-
-@pytest.fixture
 def hurry(monkeypatch):
     """The client's own pauses shrink to milliseconds; those that a server asks for stay."""
     monkeypatch.setattr(simulate.APIRetry, "get_backoff_time", lambda self: 0.002)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def questions(count, words=1):
@@ -165,9 +147,9 @@ def misbehaving(number, payload, plan=random.Random(0).sample([*collections.Coun
     return (int(kind), {"Retry-After": after}, "slow down") if kind in ("429", "500") else kind
 
 
-def test_two_thousand_calls_with_faults(serve, hurry, tmp_path):
+def test_two_thousand_calls_with_faults(hurry, tmp_path):
     """An answer is lost, doubled, paid twice or given to another question when a fifth of all calls fail."""
-    server, asked = serve(fault=misbehaving), questions(1500)
+    server, asked = Server(fault=misbehaving), questions(1500)
     answers, failed = [], asked
     for _ in range(9):
         asker = client(server, tmp_path, timeout=0.8, tries=12)
@@ -183,31 +165,27 @@ def test_two_thousand_calls_with_faults(serve, hurry, tmp_path):
 COSTS = {       # what the server does: the reason of the failure ("": none), what it costs
     "usage": (None, "", "usage"),
     "no usage": ((200, {}, reply("text")), "", "most"),
-    "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
     "NaN": ((200, {}, reply("text", usage={"prompt_tokens": math.nan, "completion_tokens": 1})), "", "most"),
-    "absurd usage": ((200, {}, reply("text", usage={"prompt_tokens": 10 ** 400, "completion_tokens": 1})), "", "most"),
+    "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
     "usage is text": ((200, {}, reply("text", usage="seven")), "AttributeError", "most"),
     "content is null": ((200, {}, reply(None)), "empty answer", "most"),
-    "content is a list": ((200, {}, reply(["text"])), "AttributeError", "most"),
     "no choices": ((200, {}, '{"choices": []}'), "IndexError", "most"),
     "HTML": ((200, {}, "<html>"), "JSONDecodeError", "most"),
     "nested": ((200, {}, "[" * 100000), "RecursionError", "most"),
     "empty": ("empty", "empty answer", "usage"),
     "slow": ("slow", "ReadTimeout", "most"),
-    "close": ("close", "ConnectionError", "most"),
     "broken": ("broken", "ChunkedEncodingError", "most"),
     "redirect": ((307, {"Location": "http://127.0.0.1:9/"}, ""), "HTTP 307", "nothing"),
     "bad request": ((400, {}, "too\n long"), "HTTP 400: too long", "nothing"),
-    "busy": ((429, {}, "wait"), "HTTP 429", "nothing"),
 }
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_a_call_costs(serve, hurry, tmp_path, name):
+def test_what_a_call_costs(hurry, tmp_path, name):
     """A reply that breaks, or does not say what it cost, counts for less than the server may charge, ends the run, is
     repeated, stored as an answer, or takes its neighbours with it."""
     fault, reason, cost = COSTS[name]
-    server = serve(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.5)
+    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.5)
     asked = questions(3)
     asker = client(server, tmp_path, timeout=0.3, price=(1000.0, 2000.0), tries=1)
     answers = asker.complete(asked)
@@ -219,10 +197,10 @@ def test_what_a_call_costs(serve, hurry, tmp_path, name):
 
 
 @pytest.mark.parametrize("fault", [None, "empty", "slow", "broken"])
-def test_max_cost_is_never_passed(serve, tmp_path, fault):
+def test_max_cost_is_never_passed(tmp_path, fault):
     """Calls in flight, tokens that the estimate does not see, or answers that came to nothing push a run past its
     limit; or the run stops far below it."""
-    server = serve(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
+    server = Server(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
     asker = client(server, tmp_path, price=(1000.0, 2000.0), max_cost=6.0, at_once=8, timeout=0.3)
     answers = asker.complete(questions(300, words=2))
     time.sleep(0.7 if fault == "slow" else 0)
@@ -233,36 +211,34 @@ def test_max_cost_is_never_passed(serve, tmp_path, fault):
     assert sum(a.reason.startswith("not sent: --max-cost") for a in answers) == 300 - server.calls
 
 
-def test_what_decides_the_answer_is_sent_once(serve, tmp_path):
+def test_what_decides_the_answer_is_sent_once(tmp_path):
     """A question that is in the file twice is paid twice, or its second copy gets no answer; or a rerun with another
     model, temperature or server is answered from the cache of the first."""
-    server, other = serve(), serve()
+    server, other = Server(), Server()
     for s, changed in ((server, {}), (server, {"model": "n"}), (server, {"temperature": 0.6}), (other, {})):
         before, asked = s.calls, [{**p, **changed} for p in questions(5)]
         answers = client(s, tmp_path).complete(asked + asked[::-1])
         assert s.calls == before + 5 and [a.text for a in answers] == [fingerprint(p) for p in asked + asked[::-1]]
 
 
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_torn_cache_line(serve, tmp_path, end):
-    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it; a cache whose lines
-    end with a line break, as earlier ones did, is not read."""
-    server, asked, path = serve(), questions(4), tmp_path / "cache.jsonl"
+def test_torn_cache_line(tmp_path):
+    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it."""
+    server, asked, path = Server(), questions(4), tmp_path / "cache.jsonl"
     client(server, tmp_path).complete(asked[:2])
-    path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{" + end.encode())
+    path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{")
     client(server, tmp_path).complete(asked[:3])
     client(server, tmp_path).complete(asked)
     assert server.calls == 4
     path.write_bytes(path.read_bytes()[:-9])                                # the last answer's line is cut short
-    client(server, tmp_path).complete(asked)
-    client(server, tmp_path).complete(asked)
+    for _ in range(2):
+        client(server, tmp_path).complete(asked)
     assert server.calls == 5
 
 
 @pytest.mark.parametrize("text", ["one\u2028two", "a\u0085b", "c\u2029", "v\x0bw\x1cx", "é 😀", "half \ud83d emoji"])
-def test_odd_characters_survive_the_cache(serve, tmp_path, text):
+def test_odd_characters_survive_the_cache(tmp_path, text):
     """A line separator inside an answer tears its line of the cache, or half an emoji ends the run."""
-    server = serve(answer=lambda payload: text)
+    server = Server(answer=lambda payload: text)
     first, = client(server, tmp_path).complete(questions(1))
     again, = client(server, tmp_path).complete(questions(1))
     assert first == again and server.calls == 1
@@ -271,9 +247,9 @@ def test_odd_characters_survive_the_cache(serve, tmp_path, text):
 
 @pytest.mark.parametrize("status, body", [(401, "bad key"), (403, "not you"), (404, "no such model"),
                                           (429, '{"error": {"code": "insufficient_quota"}}')])
-def test_what_no_call_can_escape_ends_the_run(serve, hurry, tmp_path, status, body):
+def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
     """A wrong key or an empty account is retried for hours, or takes the answers with it that were paid for."""
-    server = serve(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
+    server = Server(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
     began = time.monotonic()
     with pytest.raises(InputError, match=f"HTTP {status}: .*kept in .*cache.jsonl") as error:
         client(server, tmp_path, at_once=4).complete(questions(300))
@@ -282,12 +258,12 @@ def test_what_no_call_can_escape_ends_the_run(serve, hurry, tmp_path, status, bo
     assert len(lines(tmp_path / "cache.jsonl")) == 20
 
 
-def test_an_address_that_nobody_answers(serve, hurry, tmp_path):
+def test_an_address_that_nobody_answers(hurry, tmp_path):
     """A mistyped address fails every record after minutes of retries, or a server that is gone for a while ends the
     run and charges what was never sent."""
     with pytest.raises(InputError, match="ConnectionError"):
         client("http://127.0.0.1:9/v1", tmp_path, tries=2).complete(questions(40))
-    server, asked = serve(), questions(3)
+    server, asked = Server(), questions(3)
     asker = client(server, tmp_path, tries=2, price=(1e3, 1e3))
     asker.complete(asked[:1])
     before = asker.stats["cost"]
@@ -299,14 +275,14 @@ def test_an_address_that_nobody_answers(serve, hurry, tmp_path):
 
 
 @pytest.mark.parametrize("header, least", [("60", 60), ("date", 58), ("86400", 600), ("nonsense", 0)])
-def test_retry_after_is_a_minimum(serve, tmp_path, monkeypatch, header, least):
+def test_retry_after_is_a_minimum(tmp_path, monkeypatch, header, least):
     """The client comes back sooner than the server asked it to, and is banned, or waits a day; a busy server is asked
     again without a pause, or a call that was given up waits once more."""
     pauses = []
     monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds))
     date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=60)
     after = email.utils.format_datetime(date, usegmt=True) if header == "date" else header
-    server = serve(fault=lambda number, payload: (503, {} if number else {"Retry-After": after}, "later"))
+    server = Server(fault=lambda number, payload: (503, {} if number else {"Retry-After": after}, "later"))
     answer, = client(server, tmp_path, tries=6).complete(questions(1))
     assert answer.reason == "HTTP 503: later" and server.calls == 6
     pauses = [p for p in pauses if p]                                       # without the server's own
@@ -314,7 +290,7 @@ def test_retry_after_is_a_minimum(serve, tmp_path, monkeypatch, header, least):
     assert [round(p - 0.25) for p in pauses[-4:]] == [1, 2, 4, 8]
 
 
-def test_a_worker_stores_its_answer_before_it_asks_again(serve, tmp_path, monkeypatch):
+def test_a_worker_stores_its_answer_before_it_asks_again(tmp_path, monkeypatch):
     """Paid answers pile up unsaved behind a slow terminal, and a crash loses more than the calls in flight."""
     def slow_terminal(items, *args, **kw):
         for item in items:
@@ -323,52 +299,44 @@ def test_a_worker_stores_its_answer_before_it_asks_again(serve, tmp_path, monkey
     monkeypatch.setattr(simulate, "tqdm", slow_terminal)
     unsaved, path = [], tmp_path / "cache.jsonl"
     path.touch()
-    client(serve(fault=lambda number, payload: unsaved.append(number - len(lines(path)))), tmp_path,
+    client(Server(fault=lambda number, payload: unsaved.append(number - len(lines(path)))), tmp_path,
            at_once=4).complete(questions(60))
     assert max(unsaved) <= 4
 
 
-def test_the_key_is_nowhere(serve, tmp_path, monkeypatch, capfd):
-    """The key stands in an error message, a list of failures or the cache, because the server repeats it, or is sent
-    where the server redirects to; or a netrc file or a line break at its end replaces it, and a traceback shows it."""
+def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd):
+    """The key stands in an error message, a list of failures or the cache, because the server repeats it or it was
+    pasted with quotation marks, or is sent where the server redirects to; or a netrc file or a line break at its end
+    replaces it, and a traceback shows it."""
     echo = "x" * 242 + " you sent AUTHORIZATION, AUTHORIZATION"             # cut at 300: in the middle of the second
-    elsewhere, said = serve(), []
+    elsewhere, said, out = Server(), [], tmp_path / "out"
     faults = [(status, {}, echo) for status in (401, 400, 500, 403, 429)] + [
         (307, {"Location": elsewhere.url + "/chat/completions"}, echo), (200, {}, reply(echo)), (200, {}, echo), None]
+    sent = {SECRET: f"Bearer {SECRET}", f"{SECRET}\n": f"Bearer {SECRET}", "": None}
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
-    out = tmp_path / "out"
     for i, fault in enumerate(faults):
-        for key in (SECRET, SECRET + "\n", ""):
-            server = serve(fault=lambda number, payload: fault)
+        for key in (*sent, f"\u201c{SECRET}\u201d", f"{SECRET} {SECRET}"):
+            server = Server(fault=lambda number, payload: fault)
             monkeypatch.setenv("OPENAI_API_KEY", key)
             try:
                 run("judge", server, OUTPUTS[:3], out / f"{i}{len(key)}", "--by", "api", "--tries", 1)
             except InputError as error:
                 said.append(str(error))
-            assert server.authorizations == {f"Bearer {SECRET}" if key else None}
+            assert server.authorizations == ({sent[key]} if key in sent else set())
     files = [p.read_text() for p in out.rglob("*") if p.is_file()]
-    assert len(said) == 6 and len(files) >= 50 and elsewhere.calls == 0
+    assert len(said) == 6 + 18 and len(files) >= 50 and elsewhere.calls == 0
     for text in (*said, *files, *capfd.readouterr()):
         assert SECRET[:8] not in text and "else" not in text
 
 
-@pytest.mark.parametrize("key", ["sk two words", "sk-\u201cquoted\u201d"])
-def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
-    """A key pasted with quotation marks ends in a traceback that shows it, or in hours of retries."""
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(InputError, match="key") as error:
-        client("http://127.0.0.1:9/v1", tmp_path)
-    assert key not in str(error.value) and key[3:9] not in str(error.value)
-
-
 @pytest.mark.slow
-def test_killed_ten_times(serve, tmp_path):
+def test_killed_ten_times(tmp_path):
     """A crash loses answers that were paid for, or a rerun gives other labels."""
     at_once, count, rng, killed, under_way = 8, 400, random.Random(0), 0, collections.Counter()
     records = write(tmp_path / "data.jsonl", [{"instruction": f"i{i}", "output": f"o{i}"} for i in range(count)])
-    server, quiet = serve(seconds=0.05), serve()
+    server, quiet = Server(seconds=0.05), Server()
 
     def command(s, out):
         return [sys.executable, "simulate.py", "judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data",
@@ -434,10 +402,10 @@ OUTPUTS = [{**r, "output": f"answer {i} {{output}} {{judgment}}"} for i, r in en
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_sampling_through_an_api(serve, tmp_path, n):
+def test_sampling_through_an_api(tmp_path, n):
     """Several samples of an instruction are one call and so one text, unknown keys are lost on the way, or a record
     with two of its three samples passes as whole."""
-    server = serve(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
+    server = Server(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
                    and p["seed"] == n - 1 else None)
     done, failed, stats = run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", n)
     assert server.calls == 20 * n == stats["calls"] and (stats["records"], stats["failed"]) == (19, 1)
@@ -453,7 +421,7 @@ def test_sampling_through_an_api(serve, tmp_path, n):
     assert server.calls == 20 * n + 1
 
 
-def test_judging_and_refining_through_an_api(serve, tmp_path):
+def test_judging_and_refining_through_an_api(tmp_path):
     """Praise in a whole sentence becomes criticism, criticism that mentions perfection becomes praise, or a truncated
     judgment passes as whole; good answers are rewritten as well, or the rejected one is not kept beside the new."""
     replies = {0: "Perfect.", 1: "The response is perfect", 2: ' "Perfect!" ', 3: "perfect", 4: "It is perfect.",
@@ -463,7 +431,7 @@ def test_judging_and_refining_through_an_api(serve, tmp_path):
 
     def number(p):
         return int(re.search(r"Say (\d+)", p["messages"][-1]["content"])[1])
-    server = serve(answer=lambda p: replies.get(number(p), f" {number(p)} is wrong.\n"),
+    server = Server(answer=lambda p: replies.get(number(p), f" {number(p)} is wrong.\n"),
                    fault=lambda _, p: faults.get(number(p)))
     judged, failed, stats = run("judge", server, OUTPUTS, tmp_path / "judged.jsonl", "--by", "api")
     assert [r["judgment"] for r in judged[:9]] == [None] * 5 + [replies[5], replies[6], replies[7], "8 is wrong."]
@@ -473,7 +441,7 @@ def test_judging_and_refining_through_an_api(serve, tmp_path):
     assert [m["role"] for m in p["messages"]] == ["system", "user"] and p["temperature"] == 0
     for text in ("Say 2.\n\ninput 2\n", "answer 2 {output} {judgment}\n"):
         assert text in p["messages"][1]["content"]
-    server = serve(answer=lambda p: f" new {number(p)}\n",
+    server = Server(answer=lambda p: f" new {number(p)}\n",
                    fault=lambda _, p: (400, {}, "no") if number(p) == 8 else None)
     done, failed, stats = run("refine", server, judged, tmp_path / "refined.jsonl")
     assert server.calls == 13 and len(done) == 12 == stats["records"] and [r["id"] for r in failed] == ["x8"]
@@ -495,16 +463,13 @@ def pairs_shown(payload):
 
 
 def compare(payload):
-    """The reply of an annotator who likes outputs with "good" in them; it garbles prompts that have a pair "odd"."""
-    system, pairs = payload["messages"][0]["content"], pairs_shown(payload)
-    labels = []
-    for _, a, b in pairs:
+    """The reply of an annotator who likes outputs with "good" in them; a label lacks if a pair is "odd"."""
+    labels, pairs = [], pairs_shown(payload)
+    for _, a, _ in pairs:
         first = "good" in a or a == "2"
-        labels.append(json.dumps({"reason": "note: false alarm", "a_is_better": first}) if "a_is_better" in system
-                      else f"Output ({'a' if first else 'b'})")
-    if any("odd" in instruction for instruction, _, _ in pairs):
-        labels = labels[:-1] if random.Random(fingerprint(payload)).random() < 0.5 else labels + labels[:1]
-    return "\n".join(labels)
+        labels.append(json.dumps({"reason": "note: false alarm", "a_is_better": first})
+                      if "a_is_better" in payload["messages"][0]["content"] else f"Output ({'a' if first else 'b'})")
+    return "\n".join(labels[any("odd" in instruction for instruction, _, _ in pairs):])
 
 
 def make_pairs(count, odd=()):
@@ -513,10 +478,10 @@ def make_pairs(count, odd=()):
              **dict(zip(("output_1", "output_2"), rng.sample([f"good {i}", f"poor {i}"], 2)))} for i in range(count)]
 
 
-def test_preferences_of_the_pool(serve, tmp_path):
+def test_preferences_of_the_pool(tmp_path):
     """The order shown is not undone, random labels are paid for, or a reply with too few labels shifts them to other
     pairs; --models is not heeded, or a misspelt slot runs on another model."""
-    pairs, out, server = make_pairs(400, odd=(50, 150, 250)), tmp_path / "out.jsonl", serve(answer=compare)
+    pairs, out, server = make_pairs(400, odd=(50, 150, 250)), tmp_path / "out.jsonl", Server(answer=compare)
     pairs[10]["output_2"] = pairs[10]["output_1"]
     more = ("--by", "api", "--noise", 0.25, "--cache", tmp_path / "cache", "--models", "strong=S", "medium=M")
     done, failed, stats = run("prefer", server, pairs + pairs[:30], out, *more)
@@ -544,10 +509,10 @@ def test_preferences_of_the_pool(serve, tmp_path):
             run("prefer", server, pairs, out, "--by", "api", "--models", wrong)
 
 
-def test_preferences_of_one_judge(serve, tmp_path):
+def test_preferences_of_one_judge(tmp_path):
     """--single asks the pool, or several pairs at once; calls that failed, ties and duplicates count as replies that
     were understood; or the win rate is the baseline's, or counts instructions that only one of the files has."""
-    server = serve(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
+    server = Server(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
                    fault=lambda n, p: (400, {}, "no") if "Ask 1" in p["messages"][1]["content"] else None)
     pairs = make_pairs(20, odd=(3, 4))
     pairs[5]["output_1"] = pairs[5]["output_2"]
@@ -559,7 +524,7 @@ def test_preferences_of_one_judge(serve, tmp_path):
     base = [{"instruction": f"Ask {i}", "output": "good" if i < 10 else "poor"} for i in range(50)]
     records = [{"instruction": f"Ask {i}", "output": "poor x" if i < 10 else "good x"} for i in range(45)]
     records.append({"instruction": "elsewhere", "output": "good"})
-    done, failed, stats = run("prefer", serve(answer=compare), records, tmp_path / "win.jsonl", "--by", "api",
+    done, failed, stats = run("prefer", Server(answer=compare), records, tmp_path / "win.jsonl", "--by", "api",
                               "--single", "--against", write(tmp_path / "base.jsonl", base))
     assert len(done) == 45 and stats["win_rate"] == pytest.approx(35 / 45)
     assert stats["win_rate_se"] == pytest.approx(math.sqrt(35 / 45 * 10 / 45 / 44))
@@ -569,10 +534,10 @@ def test_preferences_of_one_judge(serve, tmp_path):
     ("sample", INSTRUCTIONS, ["--outputs", 2]), ("judge", OUTPUTS, ["--by", "api"]),
     ("refine", [{**r, "judgment": "no"} for r in OUTPUTS], []),
     ("prefer", make_pairs(60) + make_pairs(9), ["--by", "api", "--noise", 0.1])])
-def test_dry_run(serve, tmp_path, capsys, verb, records, more):
+def test_dry_run(tmp_path, capsys, verb, records, more):
     """--dry-run sends something, writes something, or announces other numbers than the run then has; or a limit is
     given that nothing can hold to, because the price is not known."""
-    server = serve(answer=compare if verb == "prefer" else fingerprint)
+    server = Server(answer=compare if verb == "prefer" else fingerprint)
     path = write(tmp_path / "in.jsonl", records)
     argv = [verb, "--api", server.url, "--api-model", "m", "--data", path, "--out", str(tmp_path / "out.jsonl"),
             *map(str, more)]
@@ -617,54 +582,38 @@ def pair(text):
     return {"instruction": text, "input": "", "output_1": "x", "output_2": "y"}
 
 
-def drawn(texts, noise=0.25, seed=0):
-    """(random label or None, switched or None) of each text."""
-    labels, asked = simulate.draw([pair(t) for t in texts], ANNOTATORS, noise, seed)
-    switched = {i: s for i, _, s, _ in asked}
-    return [[label and label[0], switched.get(i)] for i, label in enumerate(labels)]
-
-
 def assert_fraction(hits, expected):
     """The fraction of hits is within four standard errors of the expected one."""
     assert abs(sum(hits) / len(hits) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(hits)) + 1e-9
 
 
-def test_draws_of_three_instructions():
-    """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off."""
-    texts = ["2+2=", "What is the capital of France?", "Write a haiku about alpacas."]
-    assert [label for label, _ in drawn(texts)] == [None, 1, 1]
-    assert [switched for _, switched in drawn(texts, noise=0)] == [False, False, True]
-    assert drawn(texts)[0] == [None, False]
-
-
-def test_draws_are_equal_in_every_process():
-    """hash() of a text seeds a draw: a rerun asks other annotators, and pays again."""
+def test_draws():
+    """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off; or hash() of a
+    text seeds a draw: a rerun asks other annotators, and pays again."""
+    pairs = [pair(text) for text in ("2+2=", "What is the capital of France?", "Write a haiku about alpacas.")]
+    labels, asked = simulate.draw(pairs, ANNOTATORS, 0.25, 0)
+    assert labels == [None, (1, "noise"), (1, "noise")]
+    _, asked = simulate.draw(pairs, ANNOTATORS, 0.0, 0)
+    assert [switched for _, _, switched, _ in asked] == [False, False, True]
     pairs = simulate.pair_up([{"instruction": str(i), "output": list("abcd")} for i in range(200)], 0)
     sent = []
     api = types.SimpleNamespace(complete=lambda payloads: [sent.append(p) or simulate.Answer("") for p in payloads])
     annotate = simulate.ask_annotators(api, dict.fromkeys(("strong", "medium", "basic"), "m"), 0)
-    draws = [pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent]
-    assert fingerprint(draws) == "0776a9e2753d1283"
-
-
-@pytest.fixture(scope="module")
-def world_pairs():
-    """2,400 pairs of the truth and a corrupted answer, in random order."""
-    world, rng, pairs = data.World(5), random.Random(5), []
-    for r in world.instructions("train", 2400):
-        texts = [r["reference"], world.corrupt(r, r["reference"], rng)]
-        rng.shuffle(texts)
-        pairs.append({**r, "output_1": texts[0], "output_2": texts[1]})
-    return pairs
+    assert fingerprint([pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent]) == "0776a9e2753d1283"
 
 
 @pytest.mark.parametrize("accuracy, noise", [(1.0, 0.25), (0.8, 0.25), (0.8, 0.0)])
-def test_noise_arithmetic(world_pairs, accuracy, noise):
+def test_noise_arithmetic(accuracy, noise):
     """Noise flips with another probability than it says, prefers a side, or hits the annotators' own mistakes
     unevenly; or one order is shown more often."""
-    done, failed = simulate.prefer(world_pairs, simulate.simulated_pool(accuracy), simulate.ask_simulated(0), noise, 0)
-    right = [(r["preference"] == 1) == (r["output_1"] == r["reference"]) for r in done]
+    pairs = []
+    for i in range(2400):
+        texts = ["The answer is 12.", "The answer is 13."]
+        pairs.append({"instruction": str(i), "output_1": texts[i % 2], "output_2": texts[1 - i % 2],
+                      "reference": "The answer is 12."})
+    done, failed = simulate.prefer(pairs, simulate.simulated_pool(accuracy), simulate.ask_simulated(0), noise, 0)
     assert len(done) == 2400 and not failed
+    right = [(r["preference"] == 1) == (r["output_1"] == r["reference"]) for r in done]
     assert_fraction(right, accuracy * (1 - 2 * noise) + noise)
     for label in (1, 2):
         assert_fraction([r["annotator"] == "noise" and r["preference"] == label for r in done], noise)
@@ -684,17 +633,6 @@ def test_biases_of_simulated_annotators(bias):
     assert_fraction([(r["preference"] == 1) == (len(r["output_1"]) > len(r["output_2"])) for r in for_length], fraction)
     assert_fraction([(r["preference"] == 1) != r["switched"] for r in label(position=bias)], fraction)
     assert_fraction([(r["preference"] == 1) != r["switched"] for r in for_length], 0.5)
-
-
-def test_pairs_out_of_several_outputs():
-    """A text is compared with itself, some ordered pairs come up more often, or an instruction gives several pairs."""
-    records = [{"instruction": f"i{i % 3000}", "input": "", "output": list("abcab"), "id": i} for i in range(6000)]
-    pairs = simulate.pair_up(records, 0)
-    assert len(pairs) == 3000 == len({r["instruction"] for r in pairs}) and all("output" not in r for r in pairs)
-    shown = [r["output_1"] + r["output_2"] for r in pairs]
-    for both in ("ab", "ac", "ba", "bc", "ca", "cb"):
-        assert_fraction([s == both for s in shown], 1 / 6)
-    assert len(set(shown)) == 6 and simulate.pair_up([{"instruction": "i", "output": ["a", "a"]}], 0) == []
 
 
 HOSTILE = ["{b}", "{a} {number} {instruction}", "Output (a)", "Output (b)\n", "</s>",
@@ -762,15 +700,12 @@ def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch):
 def test_new_weights_are_sampled_anew(model, tmp_path):
     """A model trained again into the same directory is served the old one's answers; so is another seed or length."""
     seen = set()
-    for more in ((), ("--seed", "1"), ("--max-new-tokens", "3"), ("--temperature", "0"), "new weights", ()):
-        if more == "new weights":
-            save_model(model, seed=1)
-            continue
-        simulate.main(sampling(model, tmp_path, "out.jsonl", *more))
-        seen.add((tmp_path / "out.jsonl").read_bytes())
-    assert len(seen) == 5
-    simulate.main(sampling(model, tmp_path, "fresh.jsonl"))
-    assert (tmp_path / "fresh.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    for more in (("--temperature", "1"), ("--seed", "1"), ("--max-new-tokens", "3")):
+        for seed in (0, 1):
+            save_model(model, seed)
+            simulate.main(sampling(model, tmp_path, "out.jsonl", *more))
+            seen.add((tmp_path / "out.jsonl").read_bytes())
+    assert len(seen) == 6
 
 
 @pytest.mark.slow
