@@ -68,7 +68,9 @@ def refused(call, *parts):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and prompts
+
+RECORD, WITH_INPUT = {"instruction": "Do.", "input": ""}, {"instruction": "Do.", "input": "It."}
 
 
 def check_ids(tokenizer, prompt, response):
@@ -84,13 +86,6 @@ def test_a_response_continues_its_prompt(tokenizer, prompt_format):
     """A dummy space slips in between prompt and response, so that the model trains on ids that no text has."""
     for text in TEXTS:
         check_ids(tokenizer, format_prompt(RECORD, prompt_format, "It is wrong."), text)
-
-
-@real
-def test_ids_of_published_responses(tokenizer):
-    """The join works for tame texts only, and not for all 1000 of CUT's."""
-    for record in D.read_outputs(REAL / "cut" / "train-alpaca-sample-iter1.json"):
-        check_ids(tokenizer, format_prompt(record, "cut"), record["output"])
 
 
 def test_decode_undoes_encode(tokenizer):
@@ -150,12 +145,6 @@ def test_companion_files_go_along(words, tmp_path):
         Tokenizer.from_pretrained(base).save(directory)
         assert (directory / "chat_template.jinja").read_text() == "{{ x }}"
     assert not (new / "special_tokens_map.json").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-RECORD, WITH_INPUT = {"instruction": "Do.", "input": ""}, {"instruction": "Do.", "input": "It."}
 
 
 def test_prompts_word_for_word():
@@ -230,20 +219,17 @@ BAD_RECORDS = [                         # readers, key, its value (KeyError: it 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_json_files(read, name, tmp_path):
     """A list or lines, blank lines, Windows line ends, a byte order mark, gzip or a missing last newline break the
-    reader; an absent input is not filled in, or unknown keys are lost."""
-    records = [{**READERS[read], "extra": [1, {"k": "é"}]}, {**READERS[read], "input": "x", "extra": 2}]
-    text = FORMS[name] % tuple(map(json.dumps, records))
+    reader, or U+2028 and U+0085, which end a line for str.splitlines; an absent input is not filled in, or unknown
+    keys are lost."""
+    extra = [1, {"k": "é a\nb \u2028 \u2029 \x85 \x0b \x1c 😀"}]
+    records = [{**READERS[read], "extra": extra}, {**READERS[read], "input": "x", "extra": 2}]
+    text = FORMS[name] % tuple(json.dumps(r, ensure_ascii=False) for r in records)
     got = read(put(tmp_path / name, text))
-    assert [r["extra"] for r in got] == [[1, {"k": "é"}], 2] and [r["input"] for r in got] == ["", "x"]
+    assert [r["extra"] for r in got] == [extra, 2] and [r["input"] for r in got] == ["", "x"]
     assert all(r[k] == v for r in got for k, v in READERS[read].items() if k != "input")
     assert read(put(tmp_path / "a.gz", gzip.compress(text.encode()))) == got
-
-
-def test_line_separators_end_no_record(tmp_path):
-    """U+2028 and U+0085, which end a line for str.splitlines, break a record that we wrote ourselves."""
-    records = [{"output": text} for text in ("a\nb", "a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "😀", "")]
-    D.write_json_lines(tmp_path / "new" / "a.jsonl", records)
-    assert D.read_json(tmp_path / "new" / "a.jsonl") == records
+    D.write_json_lines(tmp_path / "new" / "a.jsonl", got)
+    assert read(tmp_path / "new" / "a.jsonl") == got
 
 
 @reader
@@ -384,8 +370,8 @@ def test_collate_supervises_the_response_and_eos():
 
 @pytest.mark.parametrize("count, size", [(1, 8), (64, 32), (100, 12), (1003, 16), (5, 1)])
 def test_an_epoch_has_every_example_once(count, size):
-    """Examples are dropped or repeated at a window's or an epoch's end; or a resumed run sees other batches, because
-    the order depends on earlier calls or on a shared generator."""
+    """Examples are dropped or repeated at a window's or an epoch's end; a resumed run sees other batches, because the
+    order depends on earlier calls or on a shared generator; or lengths are not sorted (9 % padding becomes 40 %)."""
     lengths = np.random.default_rng(0).integers(5, 90, count)
     batches = Batches(lengths, size, 0)
     for epoch in (1, 0):
@@ -396,6 +382,8 @@ def test_an_epoch_has_every_example_once(count, size):
         assert sorted(sum(seen, [])) == list(range(count))
         assert seen == [Batches(lengths, size, 0)(step) for step in reversed(steps)][::-1]
         assert count < 64 or not set(map(frozenset, seen)) & {frozenset(Batches(lengths, size, 8)(s)) for s in steps}
+        padded = sum(len(part) * max(lengths[part]) for b in seen for part in chunks(b, 4))
+        assert size < 16 or lengths.sum() > 0.85 * padded
     assert count < 64 or set(batches(0)) != set(batches(batches.per_epoch))
 
 
@@ -409,22 +397,8 @@ def test_chunks_share_a_batch_evenly():
             assert n == 0 or max(sizes) <= min(size, min(sizes) + 1)
 
 
-def test_little_of_a_batch_is_padding_and_lengths_mix(words):
-    """The sorting by length is lost (measured: 0.5, 8.0, 21, 1.0, 8.9 %; unsorted batches 29 to 48 %), or goes so far
-    that a step sees one kind of example only."""
-    records = World(0).demonstrations(1500, D.judge_corrects)
-    lengths = np.array([e.size() for e in encode(words, records, "short", 256, hindsight=True)])
-    for size, micro, bound in [(32, 4, .02), (32, 8, .1), (32, 16, .23), (128, 16, .02), (128, 32, .1)]:
-        batches = Batches(lengths, size, 0)
-        epoch = [batches(s) for s in range(batches.per_epoch)]
-        parts = [lengths[part] for batch in epoch for part in chunks(batch, micro)]
-        padded = sum(len(part) * max(part) for part in parts)
-        assert 1 - lengths.sum() / padded < bound, (size, micro)
-        assert size > 32 or np.mean([lengths[b].std() for b in epoch]) > .7 * lengths.std()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The built-in world
+# The built-in world, and the judge that knows its truth
 
 
 def test_splits_are_disjoint():
@@ -480,20 +454,6 @@ def test_demonstrators_are_as_careless_as_described():
     assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
 
 
-def test_corruption_changes_one_to_three_places():
-    """A corrupted copy equals the original, is so different that its judgment cannot be followed, or changes the verb
-    in "The past tense of go is went", which is no fact of the answer."""
-    world, rng, lengths = World(0), random.Random(0), collections.Counter()
-    for r in world.instructions("train", 1500):
-        told = world.demonstrate(r, rng)
-        a, b = units(told), units(world.corrupt(r, told, rng))
-        lengths[len(b) - len(a)] += 1
-        if len(a) == len(b):
-            changed = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
-            assert 1 <= len(changed) <= 3 and (r["facts"][0][0] != "past" or changed == [len(a) - 2])
-    assert set(lengths) == {-1, 0, 1} and 1350 < lengths[0] < 1480
-
-
 @pytest.mark.parametrize("style", JUDGES)
 def test_judged_demonstrations_leak_no_truth(style):
     """The SFT data tells the right answer of a disputed fact in a judgment, and CUT then has nothing left to teach."""
@@ -511,22 +471,12 @@ def test_judged_demonstrations_leak_no_truth(style):
     assert not facts_of and .07 < right / 1000 < .13
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge that knows the world's truth
-
-TRUE = "The cat lives in the den, eats fish and is red."
 # response, reference, its differences, number of errors, wrong words, what `corrects` and what `points` says
 CASES = {
-    "replaced": (
-        "The answer is 13.", "The answer is 12.", [(3, 4, ["12"])], 1, {3},
-        "It says The answer is 13 where it should say 12.", "It says The answer is 13 and 13 is wrong."),
     "one for two": (
         "The cat eats old moss.", "The cat eats fish.", [(3, 5, ["fish"])], 2, {3, 4},
         "It says The cat eats old moss where it should say fish.",
         "It says The cat eats old moss and old moss is wrong."),
-    "missing at the start": (
-        "answer is 12.", "The answer is 12.", [(0, 0, ["The"])], 1, {0},
-        "It leaves out The before answer is 12.", "Something is missing before answer is 12."),
     "missing after a clause": (
         "The cat eats fish and in the den.", "The cat eats fish and lives in the den.", [(5, 5, ["lives"])], 1, {5},
         "It leaves out lives before in the den.", "Something is missing before in the den."),
@@ -534,7 +484,7 @@ CASES = {
         "The cat eats fish, is red.", "The cat eats fish and is red.", [(4, 5, ["and"])], 1, {4},
         "It says The cat eats fish, where it should say and.", "It says The cat eats fish, and , is wrong."),
     "of each kind": (
-        "The cat big lives in den, eats moss and is red.", TRUE,
+        "The cat big lives in den, eats moss and is red.", "The cat lives in the den, eats fish and is red.",
         [(2, 3, []), (5, 5, ["the"]), (8, 9, ["fish"])], 3, {2, 5, 8},
         "It says The cat big and big does not belong. It leaves out the after cat big lives in. "
         "It says eats moss where it should say fish.",
@@ -626,10 +576,8 @@ class FileServer(http.server.BaseHTTPRequestHandler):
 def server():
     FileServer.content, FileServer.plan, FileServer.asked, FileServer.etag = b"0123456789" * 50_000, [], [], ""
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FileServer)
-    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/"
-    httpd.shutdown()
-    httpd.server_close()
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{httpd.server_port}/"
 
 
 @pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut", "cut"], 3), (["all cut", "all"], 2),
