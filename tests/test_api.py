@@ -7,7 +7,6 @@ import hashlib
 import http.server
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -157,7 +156,6 @@ COSTS = {       # what the server does: the reason of the failure ("": none), wh
     "no usage": ((200, {}, reply("text")), "", "most"),
     "NaN": ((200, {}, reply("text", usage={"prompt_tokens": math.nan, "completion_tokens": 1})), "", "most"),
     "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
-    "usage is text": ((200, {}, reply("text", usage="seven")), "AttributeError", "most"),
     "content is null": ((200, {}, reply(None)), "empty answer", "most"),
     "no choices": ((200, {}, '{"choices": []}'), "IndexError", "most"),
     "HTML": ((200, {}, "<html>"), "JSONDecodeError", "most"),
@@ -240,11 +238,10 @@ def test_odd_characters_survive_the_cache(tmp_path, text):
 def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
     """A wrong key or an empty account is retried for hours, or takes the answers with it that were paid for."""
     server = Server(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
-    began = time.monotonic()
     with pytest.raises(InputError, match=f"HTTP {status}: .*kept in .*cache.jsonl") as error:
         client(server, tmp_path, at_once=4).complete(questions(300))
     assert ("insufficient_quota" if status == 429 else body) in str(error.value) and "\n" not in str(error.value)
-    assert server.calls <= 20 + 4 * 4 and time.monotonic() - began < 8
+    assert server.calls <= 20 + 4 * 4
     assert len(lines(tmp_path / "cache.jsonl")) == 20
 
 
@@ -315,9 +312,9 @@ def test_killed_ten_times(tmp_path):
     server, quiet = Server(seconds=0.05), Server()
 
     def start(s, out):
-        return subprocess.Popen([
-            sys.executable, "simulate.py", "judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data", records,
-            "--out", str(tmp_path / out), "--at-once", str(at_once)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        argv = ["judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data", records, "--out",
+                str(tmp_path / out), "--at-once", str(at_once)]
+        return subprocess.Popen([sys.executable, "simulate.py", *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
     for _ in range(10):
         goal, before, p = server.calls + rng.randrange(1, 35), server.calls, start(server, "killed.jsonl")
         while server.calls < goal:
@@ -334,27 +331,18 @@ def test_killed_ten_times(tmp_path):
     assert all(times <= 1 + under_way[k] for k, times in server.answered.items())
 
 
-def serve_alone(pipe):
-    """A server in a process of its own, which says its address and lives until told to end."""
-    pipe.send(Server(seconds=0.1).url)
-    pipe.recv()
-
-
 @pytest.mark.slow
 def test_throughput(tmp_path):
     """The client wastes the time that the server leaves: 32 calls at once of 100 ms each are 320 a second."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve_alone, args=(there,), daemon=True)
-    process.start()
-    try:
-        asker = client(here.recv(), tmp_path)
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import test_api;"
+            "print(test_api.Server(seconds=0.1).url, flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as server:
+        asker = client(server.stdout.readline().strip(), tmp_path)
         asker.complete(questions(33)[32:])                                  # a first call, so that both are awake
         began = time.monotonic()
         assert all(a.text for a in asker.complete(questions(1920)))
         assert 1919 / (time.monotonic() - began) >= 0.85 * 320
-    finally:
-        here.send("end")
-        process.join(10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,26 +522,20 @@ def test_dry_run(tmp_path, capsys, verb, records, more):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Labels, prompts, draws
+# Labels, draws, noise; models of ours
 
 
 def test_labels_in_replies():
-    """A label inside a sentence or a reason counts, a line with a leading space does not, stripping moves one, or an
-    answer in the requested format is not understood or does not fit."""
-    text = "Output (b)\nOutput (a)\n Output (a)\nI like Output (b)\nOutput (b)"
+    """A label inside a sentence or a reason counts, a line with a leading space does not, or an answer in the requested
+    format is not understood or does not fit."""
     patterns = {name: (style.prefers_a, style.prefers_b) for name, style in STYLES.items()}
+    text = "Output (b)\nOutput (a)\n Output (a)\nI like Output (b)\nOutput (b)"
     assert find_labels(text, *patterns["list"]) == [2, 1, 1, 2]
-    assert find_labels(text, r"^Output \(a\)", r"^Output \(b\)") == [2, 1, 2]
-    reply = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
-    assert find_labels(reply, *patterns["json"]) == [2, 1]
-    assert find_labels("\n(b)\n is good.\n(a)", r"\n\(a\)", r"\n\(b\)") == [2, 1]
+    text = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
+    assert find_labels(text, *patterns["json"]) == [2, 1]
     assert find_labels("", *patterns["word"]) == find_labels("neither", *patterns["word"]) == []
     for name, style in STYLES.items():
         assert find_labels(style.example, *patterns[name]) == [2] and len(style.example) / 3 < style.tokens
-
-
-def pair(text):
-    return {"instruction": text, "input": "", "output_1": "x", "output_2": "y"}
 
 
 def assert_fraction(hits, expected):
@@ -564,7 +546,8 @@ def assert_fraction(hits, expected):
 def test_draws():
     """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off; or hash() of a
     text seeds a draw: a rerun asks other annotators, and pays again."""
-    pairs = [pair(text) for text in ("2+2=", "What is the capital of France?", "Write a haiku about alpacas.")]
+    texts = ("2+2=", "What is the capital of France?", "Write a haiku about alpacas.")
+    pairs = [{**simulate.EXAMPLE, "instruction": text} for text in texts]
     labels, asked = simulate.draw(pairs, ANNOTATORS, 0.25, 0)
     assert labels == [None, (1, "noise"), (1, "noise")]
     _, asked = simulate.draw(pairs, ANNOTATORS, 0.0, 0)
@@ -618,7 +601,7 @@ HOSTILE = ["{b}", "{a} {number} {instruction}", "Output (a)", "Output (b)\n", "<
 @pytest.mark.parametrize("annotator", ANNOTATORS + SINGLE, ids=lambda a: a.name)
 def test_texts_stay_texts_in_prompts(annotator):
     """An output captures a placeholder of the prompt, or closes its message and opens another."""
-    plain, _ = simulate.annotator_prompt(annotator, [pair("x")], "m")["messages"]
+    plain, _ = simulate.annotator_prompt(annotator, [simulate.EXAMPLE], "m")["messages"]
     assert "{number}" not in plain["content"]
     for a in HOSTILE:
         shown = [{"instruction": a, "input": a, "output_1": a, "output_2": a}] * annotator.pairs
@@ -626,10 +609,6 @@ def test_texts_stay_texts_in_prompts(annotator):
         assert system == plain and user["role"] == "user" and user["content"] == "\n".join(
             f"Pair {i}\nInstruction:\n{a}\n\n{a}\n\nOutput (a):\n{a}\n\nOutput (b):\n{a}\n"
             for i in range(1, annotator.pairs + 1))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models of ours
 
 
 def save_model(directory, seed=0):
@@ -658,7 +637,7 @@ def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch):
     real, asked = simulate.sample_responses, []
 
     def sample_responses(model, tokenizer, records, *args, **kw):
-        if len(asked) == 8:                                                 # what is left is cut into other parts
+        if len(asked) > 6 and None not in asked:                            # what is left is cut into other parts
             asked.append(None)
             raise KeyboardInterrupt
         asked.extend(r["instruction"] for r in records)

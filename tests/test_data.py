@@ -101,23 +101,18 @@ def test_decode_undoes_encode(tokenizer):
 
 def test_unusable_model_directories_are_refused(words, tmp_path):
     """A traceback for LLaMA 3's tiktoken file or a missing config.json; an id without an embedding, in mid-training."""
-    def load():
-        return Tokenizer.from_pretrained(tmp_path)
-
     model, config = tmp_path / "tokenizer.model", tmp_path / "config.json"
     save_tiny_model(tmp_path, words)
-    assert load().encode_response("a b") == words.encode_response("a b")
-    put(config, json.dumps({"vocab_size": words.vocab_size - 1}))
-    refused(load, tmp_path, words.vocab_size, words.vocab_size - 1, "belong together")
-    for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', b"\xff"):
-        put(config, broken)
-        refused(load, config, "vocab_size")
-    config.unlink()
-    refused(load, config, "vocab_size")
-    put(model, b"IQ== 0\nIg== 1\nIw== 2\n")
-    refused(load, model, "not a sentencepiece model", "LLaMA 3")
-    model.unlink()
-    refused(load, model, "no sentencepiece tokenizer", "tokenizer.json", "LLaMA 3")
+    files = {path: path.read_bytes() for path in (config, model)}
+    for path, content, *parts in [
+            (config, json.dumps({"vocab_size": words.vocab_size - 1}), words.vocab_size - 1, "belong together"),
+            *[(config, broken, "vocab_size") for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', b"\xff", None)],
+            (model, b"IQ== 0\nIg== 1\nIw== 2\n", "not a sentencepiece model", "LLaMA 3"),
+            (model, None, "no sentencepiece tokenizer", "tokenizer.json", "LLaMA 3")]:
+        path.unlink() if content is None else put(path, content)
+        refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path, *parts)
+        put(path, files[path])
+    assert Tokenizer.from_pretrained(tmp_path).encode_response("a b") == words.encode_response("a b")
 
 
 def test_transformers_opens_what_we_save(tokenizer, tmp_path):
@@ -285,7 +280,6 @@ def test_positives_are_sampled_in_proportion_to_negatives():
     records = [{**GOOD, "id": i} for i in range(100)] + [{**BAD, "id": i} for i in range(100, 142)]
     got = D.downsample_positives(records, 0.25)
     assert len(got) == 10 + 42 and got[10:] == records[100:]
-    assert [r["id"] for r in got] == sorted(r["id"] for r in got)
     assert got == D.downsample_positives(records, 0.25) != D.downsample_positives(records, 0.25, seed=1)
     assert D.downsample_positives(records, -1) == records == D.downsample_positives(records, 50)
     assert D.downsample_positives(records, 0) == records[100:]
@@ -296,15 +290,14 @@ def test_published_files_are_read_whole(tmp_path, capsys):
     """A check is stricter than the published data, a filter no longer gives its numbers, or a conversion loses records,
     so that right answers are joined to the wrong questions."""
     for name, read, count in [("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8),
-                              ("outputs_baseline", D.read_demonstrations, 252), ("outputs_sft", D.read_outputs, 252),
-                              ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)]:
+                              ("outputs_baseline", D.read_demonstrations, 252), ("outputs_sft", D.read_outputs, 252)]:
         assert len(read(REAL / "alpaca_farm" / f"{name}.json")) == count
     path = REAL / "cut" / "train-alpaca-sample-iter1.json"
     assert len(D.downsample_positives(D.read_judged(path), 0.25)) == 71 + 287
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in capsys.readouterr().out
     assert len(D.read_judged(path, filter_noise=True)) == 1000 - 47 - 17
-    files = [REAL / "shepherd" / name for name in ("human_data_for_model.jsonl", "human_data_raw.jsonl")]
-    a, b = (D.read_judged(D.convert("shepherd", path, tmp_path)) for path in files)
+    a, b = (D.read_judged(D.convert("shepherd", REAL / "shepherd" / f"human_data_{name}.jsonl", tmp_path))
+            for name in ("for_model", "raw"))
     assert len(a) == len(b) == 1317 and all(r["judgment"].strip() for r in a + b)
     assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
 
@@ -363,7 +356,6 @@ def test_collate_supervises_the_response_and_eos():
     assert targets.tolist() == [[_, _, 7, 8, 2], [_, 9, 2, _, _], [2, _, _, _, _], [_] * 5]
     assert tokens.tolist() == [[1, 5, 6, 7, 8], [1, 5, 9, 0, 0], [1, 0, 0, 0, 0], [1, 5, 6, 0, 0]]
     assert tokens.dtype == targets.dtype == torch.long
-    assert [t.tolist() for t in collate([([1, 5], [])])] == [[[1]], [[_]]]
     tokens, lengths = D.pad([[1, 5, 6], [1]])
     assert tokens.tolist() == [[1, 5, 6], [1, 0, 0]] and lengths.tolist() == [3, 1]
 
@@ -438,20 +430,6 @@ def test_an_instruction_has_one_truth(words):
         assert fact.others and len(values) == 2 + len(set(fact.others))
         assert all(len(words.encode_response(f"is {value}.")) == 4 for value in values)
     assert any(World(2).facts[k].truth != f.truth for k, f in world.facts.items() if k[0] == "home")
-
-
-def test_demonstrators_are_as_careless_as_described():
-    """An agreed fact is told wrong, or truth, misconception and other errors are mixed 25/50/25 no longer."""
-    world, rng, told = World(0), random.Random(0), collections.Counter()
-    for r in world.instructions("train", 1000) * 3:
-        blank = {**r, "answer": " ".join("{}" for _ in r["facts"])}
-        for key, value in zip(r["facts"], world.demonstrate(blank, rng).split()):
-            fact = world.facts[key]
-            told[fact.agreed, [fact.truth, fact.misconception, value].index(value)] += 1
-    disputed = np.array([told[False, i] for i in range(3)])
-    assert told[True, 0] > 1000 and told[True, 1] == told[True, 2] == 0
-    assert np.abs(disputed / disputed.sum() - (.25, .5, .25)).max() < .04
-    assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
 
 
 @pytest.mark.parametrize("style", JUDGES)
@@ -657,5 +635,3 @@ def test_critiques_become_judged_responses(tmp_path, capsys):
     assert [(r["instruction"], r["output"], r["judgment"], r["reference"]) for r in records] == [
         ("P\nQ1", "better", "c1 c2", "r2"), ("P\nQ2", "good", None, None)]
     assert records[0]["id"] == "a-1-Q1" and "left out 3" in capsys.readouterr().out
-    put(path, gzip.compress(json.dumps({"data": {"questions": [{}], "passage": {"text": ""}}}).encode()))
-    refused(lambda: D.convert("critiques", path, tmp_path), path, "record 0 is not in the layout of critiques")
