@@ -7,11 +7,9 @@ import hashlib
 import http.server
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -27,15 +25,18 @@ import data
 import simulate
 from data import InputError
 from model import Config, LLaMA
-from simulate import ANNOTATORS, PAIR, SINGLE, STYLES, Client, chat, find_labels, parse
+from simulate import ANNOTATORS, SINGLE, STYLES, Client, chat, find_labels, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "sk-do-not-tell-7Qx93"
+os.environ.pop("OPENAI_API_KEY", None)
 torch.set_num_threads(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The server
+# The client
+
+FAULTS = {"429": 200, "500": 100, "slow": 20, "broken": 60, "empty": 20}
 
 
 def fingerprint(payload):
@@ -63,22 +64,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             s.authorizations.add(self.headers.get("Authorization"))
         fault = s.fault(number, payload)
         time.sleep(s.slow if fault == "slow" else s.seconds)
-        if fault == "close":
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
+        status, headers, body = 200, {}, reply(" " if fault == "empty" else s.answer(payload), usage=usage_of(payload))
         if isinstance(fault, tuple):
             status, headers, body = fault
-            body = body.replace("AUTHORIZATION", str(self.headers.get("Authorization"))).encode()
         else:
-            status, headers = 200, {}
-            body = reply(" " if fault == "empty" else s.answer(payload), usage=usage_of(payload)).encode()
             with s.lock:
                 s.answered[fingerprint(payload)] += fault is None
+        body = body.replace("AUTHORIZATION", str(self.headers.get("Authorization"))).encode()
         length = len(body)
-        if fault in ("malformed", "broken"):
-            body = body[:length // 2]
-            self.close_connection = fault == "broken"                       # more was announced than comes
-            length = length if fault == "broken" else len(body)
+        if fault == "broken":                                               # more is announced than comes
+            body, self.close_connection = body[:length // 2], True
         lines = [f"HTTP/1.1 {status} Status", *(f"{k}: {v}" for k, v in headers.items()), f"Content-Length: {length}"]
         try:
             self.wfile.write("\r\n".join([*lines, "", ""]).encode() + body)
@@ -91,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers `answer(payload)`, a pure function of the payload, after `seconds`; or does what fault(number of the
-    call, payload) says: "close", "slow", "malformed", "broken", "empty" or (status, headers, body)."""
+    call, payload) says: "slow", "broken", "empty" or (status, headers, body)."""
     request_queue_size, daemon_threads = 128, True
 
     def __init__(self, answer=fingerprint, fault=lambda number, payload: None, seconds=0.0, slow=1.2):
@@ -100,39 +95,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock, self.payloads, self.authorizations = threading.Lock(), [], set()
         self.answered = collections.Counter()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def calls(self):
         return len(self.payloads)
-
-    def handle_error(self, request, client_address):                        # a killed client is no error of ours
-        pass
-
-
-@pytest.fixture
-def serve():
-    """Starts servers and stops them at the end."""
-    servers = []
-
-    def start(*args, **kw):
-        servers.append(Server(*args, **kw))
-        return servers[-1]
-    yield start
-    for s in servers:
-        s.shutdown()
-        s.server_close()
 
 
 @pytest.fixture
 def hurry(monkeypatch):
     """The client's own pauses shrink to milliseconds; those that a server asks for stay."""
     monkeypatch.setattr(simulate.APIRetry, "get_backoff_time", lambda self: 0.002)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def questions(count, words=1):
@@ -154,12 +127,6 @@ def write(path, records):
     return str(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The client
-
-FAULTS = {"429": 200, "500": 100, "slow": 20, "close": 20, "malformed": 20, "broken": 20, "empty": 20}
-
-
 def misbehaving(number, payload, plan=random.Random(0).sample([*collections.Counter(FAULTS).elements()]
                                                                + [None] * 1600, 2000)):
     """A fifth of 2,000 calls fails; HTTP errors come with good, odd and malformed Retry-After headers."""
@@ -169,55 +136,44 @@ def misbehaving(number, payload, plan=random.Random(0).sample([*collections.Coun
     return (int(kind), {"Retry-After": after}, "slow down") if kind in ("429", "500") else kind
 
 
-def test_two_thousand_calls_with_faults(serve, hurry, tmp_path):
+def test_two_thousand_calls_with_faults(hurry, tmp_path):
     """An answer is lost, doubled, paid twice or given to another question when a fifth of all calls fail."""
-    server, asked = serve(fault=misbehaving), questions(1500)
-    first = client(server, tmp_path, timeout=0.8, tries=12)
-    answers = first.complete(asked)
-    failed = [p for p, a in zip(asked, answers) if a.text is None]
-    assert 60 <= len(failed) <= 100 and first.stats["calls"] == 1500 < server.calls
-    assert all(a.text in (None, fingerprint(p)) and (a.text is None) == bool(a.reason) for p, a in zip(asked, answers))
-    for _ in range(8):
-        again = client(server, tmp_path, timeout=0.8, tries=12)
-        answers = again.complete(asked)
-        assert again.stats["calls"] == len(failed) and again.stats["from_cache"] == 1500 - len(failed)
+    server, asked = Server(fault=misbehaving), questions(1500)
+    answers, failed = [], asked
+    for _ in range(9):
+        asker = client(server, tmp_path, timeout=0.8, tries=12)
+        answers = asker.complete(asked)
+        assert asker.stats["calls"] == len(failed) and asker.stats["from_cache"] == 1500 - len(failed)
         failed = [p for p, a in zip(asked, answers) if a.text is None]
+        assert all(bool(a.reason) == (a.text is None) for a in answers)
+        assert len(lines(tmp_path / "cache.jsonl")) == 1500 - len(failed)
     assert [a.text for a in answers] == [fingerprint(p) for p in asked]
-    assert len(server.answered) == 1500 == sum(server.answered.values())
-    stored = lines(tmp_path / "cache.jsonl")
-    assert len(stored) == len({e["key"] for e in stored}) == 1500
+    assert server.calls > 1800 and len(server.answered) == 1500 == sum(server.answered.values())
 
 
 COSTS = {       # what the server does: the reason of the failure ("": none), what it costs
     "usage": (None, "", "usage"),
     "no usage": ((200, {}, reply("text")), "", "most"),
-    "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
     "NaN": ((200, {}, reply("text", usage={"prompt_tokens": math.nan, "completion_tokens": 1})), "", "most"),
-    "absurd usage": ((200, {}, reply("text", usage={"prompt_tokens": 10 ** 400, "completion_tokens": 1})), "", "most"),
-    "half a usage": ((200, {}, reply("text", usage={"prompt_tokens": 1})), "", "most"),
-    "usage is text": ((200, {}, reply("text", usage="seven")), "AttributeError", "most"),
+    "negative usage": ((200, {}, reply("text", usage={"prompt_tokens": -9, "completion_tokens": 1})), "", "most"),
     "content is null": ((200, {}, reply(None)), "empty answer", "most"),
-    "content is a list": ((200, {}, reply(["text"])), "AttributeError", "most"),
     "no choices": ((200, {}, '{"choices": []}'), "IndexError", "most"),
-    "a list": ((200, {}, "[]"), "AttributeError", "most"),
     "HTML": ((200, {}, "<html>"), "JSONDecodeError", "most"),
     "nested": ((200, {}, "[" * 100000), "RecursionError", "most"),
     "empty": ("empty", "empty answer", "usage"),
     "slow": ("slow", "ReadTimeout", "most"),
-    "close": ("close", "ConnectionError", "most"),
     "broken": ("broken", "ChunkedEncodingError", "most"),
     "redirect": ((307, {"Location": "http://127.0.0.1:9/"}, ""), "HTTP 307", "nothing"),
     "bad request": ((400, {}, "too\n long"), "HTTP 400: too long", "nothing"),
-    "busy": ((429, {}, "wait"), "HTTP 429", "nothing"), "fault": ((500, {}, "oops"), "HTTP 500: oops", "nothing"),
 }
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_what_a_call_costs(serve, hurry, tmp_path, name):
+def test_what_a_call_costs(hurry, tmp_path, name):
     """A reply that breaks, or does not say what it cost, counts for less than the server may charge, ends the run, is
     repeated, stored as an answer, or takes its neighbours with it."""
     fault, reason, cost = COSTS[name]
-    server = serve(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.5)
+    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.5)
     asked = questions(3)
     asker = client(server, tmp_path, timeout=0.3, price=(1000.0, 2000.0), tries=1)
     answers = asker.complete(asked)
@@ -228,53 +184,49 @@ def test_what_a_call_costs(serve, hurry, tmp_path, name):
     assert asker.stats["cost"] == pytest.approx((2 * (12 + 16) + costs[cost]) / 1000)
 
 
-@pytest.mark.parametrize("fault", [None, "empty", "slow", "malformed", "broken"])
-def test_max_cost_is_never_passed(serve, tmp_path, fault):
+@pytest.mark.parametrize("fault", [None, "empty", "slow", "broken"])
+def test_max_cost_is_never_passed(tmp_path, fault):
     """Calls in flight, tokens that the estimate does not see, or answers that came to nothing push a run past its
     limit; or the run stops far below it."""
-    server = serve(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
+    server = Server(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
     asker = client(server, tmp_path, price=(1000.0, 2000.0), max_cost=6.0, at_once=8, timeout=0.3)
     answers = asker.complete(questions(300, words=2))
     time.sleep(0.7 if fault == "slow" else 0)
     spent = sum(1e-3 * p + 2e-3 * c for p, c in (usage_of(p).values() for p in server.payloads))
-    done = [a for a in answers if a.text is not None]
     assert spent <= asker.stats["cost"] + 1e-9 <= 6.0 + 2e-9
     assert asker.stats["cost"] == pytest.approx(spent) or fault not in (None, "empty")
-    assert len(done) >= (75 if fault is None else 25) and len(done) == len(lines(tmp_path / "cache.jsonl"))
-    refused = [a for a in answers if a.reason.startswith("not sent: --max-cost")]
-    assert len(refused) == 300 - server.calls
+    assert sum(a.text is not None for a in answers) >= (75 if fault is None else 25)
+    assert sum(a.reason.startswith("not sent: --max-cost") for a in answers) == 300 - server.calls
 
 
-def test_what_decides_the_answer_is_sent_once(serve, tmp_path):
+def test_what_decides_the_answer_is_sent_once(tmp_path):
     """A question that is in the file twice is paid twice, or its second copy gets no answer; or a rerun with another
     model, temperature or server is answered from the cache of the first."""
-    server, other = serve(), serve()
-    for s, changed in ((server, {}), (server, {"model": "n"}), (server, {"temperature": 0.6}), (other, {})):
-        before, asked = s.calls, [{**p, **changed} for p in questions(5)]
-        answers = client(s, tmp_path).complete(asked + asked[::-1])
-        assert s.calls == before + 5 and [a.text for a in answers] == [fingerprint(p) for p in asked + asked[::-1]]
+    server = Server()
+    for s, changed in ((server, {}), (server, {"model": "n"}), (server, {"temperature": 0.6}), (Server(), {})):
+        before, asked = s.calls, [{**p, **changed} for p in questions(5) * 2]
+        answers = client(s, tmp_path).complete(asked)
+        assert s.calls == before + 5 and [a.text for a in answers] == [fingerprint(p) for p in asked]
 
 
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_torn_cache_line(serve, tmp_path, end):
-    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it; a cache whose lines
-    end with a line break, as earlier ones did, is not read."""
-    server, asked, path = serve(), questions(4), tmp_path / "cache.jsonl"
+def test_torn_cache_line(tmp_path):
+    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it."""
+    server, asked, path = Server(), questions(4), tmp_path / "cache.jsonl"
     client(server, tmp_path).complete(asked[:2])
-    path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{" + end.encode())
+    path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{")
     client(server, tmp_path).complete(asked[:3])
     client(server, tmp_path).complete(asked)
     assert server.calls == 4
     path.write_bytes(path.read_bytes()[:-9])                                # the last answer's line is cut short
-    client(server, tmp_path).complete(asked)
-    client(server, tmp_path).complete(asked)
+    for _ in range(2):
+        client(server, tmp_path).complete(asked)
     assert server.calls == 5
 
 
 @pytest.mark.parametrize("text", ["one\u2028two", "a\u0085b", "c\u2029", "v\x0bw\x1cx", "é 😀", "half \ud83d emoji"])
-def test_odd_characters_survive_the_cache(serve, tmp_path, text):
+def test_odd_characters_survive_the_cache(tmp_path, text):
     """A line separator inside an answer tears its line of the cache, or half an emoji ends the run."""
-    server = serve(answer=lambda payload: text)
+    server = Server(answer=lambda payload: text)
     first, = client(server, tmp_path).complete(questions(1))
     again, = client(server, tmp_path).complete(questions(1))
     assert first == again and server.calls == 1
@@ -283,26 +235,22 @@ def test_odd_characters_survive_the_cache(serve, tmp_path, text):
 
 @pytest.mark.parametrize("status, body", [(401, "bad key"), (403, "not you"), (404, "no such model"),
                                           (429, '{"error": {"code": "insufficient_quota"}}')])
-def test_what_no_call_can_escape_ends_the_run(serve, hurry, tmp_path, status, body):
+def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
     """A wrong key or an empty account is retried for hours, or takes the answers with it that were paid for."""
-    server = serve(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
-    began = time.monotonic()
+    server = Server(fault=lambda number, payload: (status, {}, body) if number >= 20 else None, seconds=0.01)
     with pytest.raises(InputError, match=f"HTTP {status}: .*kept in .*cache.jsonl") as error:
         client(server, tmp_path, at_once=4).complete(questions(300))
     assert ("insufficient_quota" if status == 429 else body) in str(error.value) and "\n" not in str(error.value)
-    assert server.calls <= 20 + 4 * 4 and time.monotonic() - began < 8
+    assert server.calls <= 20 + 4 * 4
     assert len(lines(tmp_path / "cache.jsonl")) == 20
 
 
-def test_an_address_that_nobody_answers(serve, hurry, tmp_path):
+def test_an_address_that_nobody_answers(hurry, tmp_path):
     """A mistyped address fails every record after minutes of retries, or a server that is gone for a while ends the
     run and charges what was never sent."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
     with pytest.raises(InputError, match="ConnectionError"):
-        client(nowhere, tmp_path, tries=2).complete(questions(40))
-    server, asked = serve(), questions(3)
+        client("http://127.0.0.1:9/v1", tmp_path, tries=2).complete(questions(40))
+    server, asked = Server(), questions(3)
     asker = client(server, tmp_path, tries=2, price=(1e3, 1e3))
     asker.complete(asked[:1])
     before = asker.stats["cost"]
@@ -311,171 +259,90 @@ def test_an_address_that_nobody_answers(serve, hurry, tmp_path):
     asker.session.close()                                                   # no connection is left open
     assert [a.text is None and "Connection" in a.reason for a in asker.complete(asked)] == [False, True, True]
     assert asker.stats["cost"] == pytest.approx(before)
-    with pytest.raises(InputError, match="http://"):
-        client("localhost:8000/v1", tmp_path)
 
 
-@pytest.mark.parametrize("header", ["number", "date"])
-def test_retry_after_is_a_minimum(serve, hurry, tmp_path, header):
-    """The client comes back sooner than the server asked it to, and is banned."""
-    times = []
-
-    def fault(number, payload):
-        if number == 0:
-            now = time.time()
-            times.append(now + 1 if header == "number" else math.ceil(now + 0.2))
-            date = datetime.datetime.fromtimestamp(times[0], datetime.timezone.utc)
-            after = "1" if header == "number" else email.utils.format_datetime(date, usegmt=True)
-            return 429, {"Retry-After": after}, ""
-        times.append(time.time())
-    answer, = client(serve(fault=fault), tmp_path).complete(questions(1))
-    allowed, second = times
-    assert answer.text and allowed - 0.01 <= second < allowed + 3
-    assert simulate.APIRetry().parse_retry_after("86400") == 600            # but no year
-
-
-def test_pauses_grow_and_end(serve, tmp_path, monkeypatch):
-    """A busy server is asked again without a pause, or a call that was given up waits once more."""
+@pytest.mark.parametrize("header, least", [("60", 60), ("date", 58), ("86400", 600), ("nonsense", 0)])
+def test_retry_after_is_a_minimum(tmp_path, monkeypatch, header, least):
+    """The client comes back sooner than the server asked it to, and is banned, or waits a day; a busy server is asked
+    again without a pause, or a call that was given up waits once more."""
     pauses = []
     monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds))
-    server = serve(fault=lambda number, payload: (503, {"Retry-After": "60"} if number == 0 else {}, "later"))
+    date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=60)
+    after = email.utils.format_datetime(date, usegmt=True) if header == "date" else header
+    server = Server(fault=lambda number, payload: (503, {} if number else {"Retry-After": after}, "later"))
     answer, = client(server, tmp_path, tries=6).complete(questions(1))
     assert answer.reason == "HTTP 503: later" and server.calls == 6
     pauses = [p for p in pauses if p]                                       # without the server's own
-    assert pauses[0] == 60 and len(pauses) == 5 and pauses == sorted(pauses[:1]) + sorted(pauses[1:])
-    assert all(b <= p <= b + 0.5 for b, p in zip((1, 2, 4, 8), pauses[1:]))
+    assert len(pauses) == 4 if header == "nonsense" else least <= pauses[0] <= least + 2
+    assert [round(p - 0.25) for p in pauses[-4:]] == [1, 2, 4, 8]
 
 
-def test_a_worker_stores_its_answer_before_it_asks_again(serve, tmp_path, monkeypatch):
-    """Paid answers pile up unsaved behind a slow terminal, and a crash loses more than the calls in flight."""
-    def slow_terminal(items, *args, **kw):
-        for item in items:
-            time.sleep(0.02)
-            yield item
-    monkeypatch.setattr(simulate, "tqdm", slow_terminal)
-    unsaved = []
-
-    def fault(number, payload):
-        path = tmp_path / "cache.jsonl"
-        unsaved.append(number - (len(lines(path)) if path.exists() else 0))
-    client(serve(fault=fault), tmp_path, at_once=4).complete(questions(60))
-    assert max(unsaved) <= 4
-
-
-DRIVER = """
-import json, os, sys, traceback
-import simulate
-for key, argv in json.load(open(sys.argv[1])):
-    os.environ["OPENAI_API_KEY"] = key
-    try:
-        simulate.main(argv)
-    except simulate.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
-"""
-
-
-def test_the_key_is_nowhere(serve, tmp_path):
-    """The key stands in an error message, a list of failures or the cache, because the server repeats it, or is sent
-    where the server redirects to; or a netrc file or a line break at its end replaces it, and a traceback shows it."""
+def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd):
+    """The key stands in an error message, a list of failures or the cache, because the server repeats it or it was
+    pasted with quotation marks, or is sent where the server redirects to; or a netrc file or a line break at its end
+    replaces it, and a traceback shows it."""
     echo = "x" * 242 + " you sent AUTHORIZATION, AUTHORIZATION"             # cut at 300: in the middle of the second
-    elsewhere = serve()
+    elsewhere, said, out = Server(), [], tmp_path / "out"
     faults = [(status, {}, echo) for status in (401, 400, 500, 403, 429)] + [
         (307, {"Location": elsewhere.url + "/chat/completions"}, echo), (200, {}, reply(echo)), (200, {}, echo), None]
-    servers = [serve(fault=lambda n, p, fault=fault: fault) for fault in faults]
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
-    (home / ".netrc").chmod(0o600)
-    records = write(tmp_path / "data.jsonl", [{"instruction": f"i{i}", "output": "o"} for i in range(3)])
-    out = tmp_path / "out"
-    (tmp_path / "runs.json").write_text(json.dumps([
-        [SECRET + end, ["judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data", records, "--out",
-                        f"{out}/{i}{len(end)}.jsonl", "--tries", "1"]]
-        for i, s in enumerate(servers) for end in ("", "\n")]))
-    ran = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path / "runs.json")], capture_output=True, cwd=ROOT,
-                         env={**os.environ, "HOME": str(home)}, timeout=120)
-    files = [p for p in out.rglob("*") if p.is_file()]
-    assert len(files) >= 14
-    for text in [ran.stdout, ran.stderr, *(p.read_bytes() for p in files)]:
-        assert SECRET[:8].encode() not in text and b"else" not in text
-    assert ran.stderr.count(b"HTTP 401") == ran.stderr.count(b"HTTP 403") == 2 and b"Traceback" not in ran.stderr
-    assert [s.authorizations for s in servers] == [{f"Bearer {SECRET}"}] * 9 and elsewhere.calls == 0
-
-
-def test_without_a_key_none_is_sent(serve, tmp_path, monkeypatch):
-    """A local server that wants no key gets an empty one, or a stranger's from a netrc file."""
+    sent = {SECRET: f"Bearer {SECRET}", f"{SECRET}\n": f"Bearer {SECRET}", "": None}
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
-    server = serve()
-    client(server, tmp_path).complete(questions(1))
-    assert server.authorizations == {None}
-
-
-@pytest.mark.parametrize("key", ["sk two words", "sk-\u201cquoted\u201d"])
-def test_a_key_that_cannot_be_sent(tmp_path, monkeypatch, key):
-    """A key pasted with quotation marks ends in a traceback that shows it, or in hours of retries."""
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(InputError, match="key") as error:
-        client("http://127.0.0.1:9/v1", tmp_path)
-    assert key not in str(error.value) and key[3:9] not in str(error.value)
+    for i, fault in enumerate(faults):
+        for key in (*sent, f"\u201c{SECRET}\u201d", f"{SECRET} {SECRET}"):
+            server = Server(fault=lambda number, payload: fault)
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            try:
+                run("judge", server, OUTPUTS[:3], out / f"{i}{len(key)}", "--by", "api", "--tries", 1)
+            except InputError as error:
+                said.append(str(error))
+            assert server.authorizations == ({sent[key]} if key in sent else set())
+    files = [p.read_text() for p in out.rglob("*") if p.is_file()]
+    assert len(said) == 6 + 18 and len(files) >= 50 and elsewhere.calls == 0
+    for text in (*said, *files, *capfd.readouterr()):
+        assert SECRET[:8] not in text and "else" not in text
 
 
 @pytest.mark.slow
-def test_killed_ten_times(serve, tmp_path):
+def test_killed_ten_times(tmp_path):
     """A crash loses answers that were paid for, or a rerun gives other labels."""
-    at_once, count = 8, 400
+    at_once, count, rng, under_way = 8, 400, random.Random(0), collections.Counter()
     records = write(tmp_path / "data.jsonl", [{"instruction": f"i{i}", "output": f"o{i}"} for i in range(count)])
-    server, quiet = serve(seconds=0.05), serve()
+    server, quiet = Server(seconds=0.05), Server()
 
-    def argv(s, out):
-        return ["judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data", records, "--out", str(out),
-                "--at-once", str(at_once)]
-    simulate.main(argv(quiet, tmp_path / "quiet.jsonl"))
-    rng, killed, under_way = random.Random(0), 0, collections.Counter()
+    def start(s, out):
+        argv = ["judge", "--by", "api", "--api", s.url, "--api-model", "m", "--data", records, "--out",
+                str(tmp_path / out), "--at-once", str(at_once)]
+        return subprocess.Popen([sys.executable, "simulate.py", *argv], cwd=ROOT, stderr=subprocess.DEVNULL)
     for _ in range(10):
-        goal, before = server.calls + rng.randrange(1, 35), server.calls
-        p = subprocess.Popen([sys.executable, "simulate.py", *argv(server, tmp_path / "killed.jsonl")], cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while server.calls < goal and p.poll() is None:
+        goal, before, p = server.calls + rng.randrange(1, 35), server.calls, start(server, "killed.jsonl")
+        while server.calls < goal:
+            assert p.poll() is None
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
-        killed += p.poll() is None
-        p.send_signal(signal.SIGKILL)
+        p.kill()
         p.wait()
         time.sleep(0.2)                                                     # the server finishes what was under way
         under_way.update({fingerprint(x) for x in server.payloads[before:]})
-    assert killed == 10
-    subprocess.run([sys.executable, "simulate.py", *argv(server, tmp_path / "killed.jsonl")], cwd=ROOT, check=True)
+    assert start(server, "killed.jsonl").wait() == start(quiet, "quiet.jsonl").wait() == 0
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
-    assert len(server.answered) == count
-    assert sum(server.answered.values()) <= count + killed * at_once
+    assert len(server.answered) == count and sum(server.answered.values()) <= count + 10 * at_once
     assert all(times <= 1 + under_way[k] for k, times in server.answered.items())
-
-
-def serve_alone(pipe):
-    """A server in a process of its own, which says its address and lives until told to end."""
-    pipe.send(Server(seconds=0.1).url)
-    pipe.recv()
 
 
 @pytest.mark.slow
 def test_throughput(tmp_path):
     """The client wastes the time that the server leaves: 32 calls at once of 100 ms each are 320 a second."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve_alone, args=(there,), daemon=True)
-    process.start()
-    try:
-        asker = client(here.recv(), tmp_path)
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import test_api;"
+            "print(test_api.Server(seconds=0.1).url, flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as server:
+        asker = client(server.stdout.readline().strip(), tmp_path)
         asker.complete(questions(33)[32:])                                  # a first call, so that both are awake
         began = time.monotonic()
         assert all(a.text for a in asker.complete(questions(1920)))
         assert 1919 / (time.monotonic() - began) >= 0.85 * 320
-    finally:
-        here.send("end")
-        process.join(10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,71 +364,53 @@ OUTPUTS = [{**r, "output": f"answer {i} {{output}} {{judgment}}"} for i, r in en
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_sampling_through_an_api(serve, tmp_path, n):
+def test_sampling_through_an_api(tmp_path, n):
     """Several samples of an instruction are one call and so one text, unknown keys are lost on the way, or a record
     with two of its three samples passes as whole."""
-    server = serve(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
+    server = Server(fault=lambda number, p: (400, {}, "no") if p["messages"][0]["content"].startswith("Say 4.")
                    and p["seed"] == n - 1 else None)
     done, failed, stats = run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", n)
     assert server.calls == 20 * n == stats["calls"] and (stats["records"], stats["failed"]) == (19, 1)
     assert stats["failed_by_reason"] == {"HTTP 400": 1}
     assert failed == [{**INSTRUCTIONS[4], "reason": "HTTP 400: no"}]
-    assert [{k: v for k, v in r.items() if k not in ("output", "generator")} for r in done] == (
-        INSTRUCTIONS[:4] + INSTRUCTIONS[5:])
-    assert {r["generator"] for r in done} == {"m"} and len({p["seed"] for p in server.payloads}) == n
+    assert [{**r, "output": "", "generator": "m"} for r in INSTRUCTIONS if r["id"] != "x4"] == [
+        {**r, "output": ""} for r in done]
+    assert all(isinstance(r["output"], str) if n == 1 else len(set(r["output"])) == n for r in done)
     assert {p["temperature"] for p in server.payloads} == {0.7}
-    if n == 1:
-        assert [r["output"] for r in data.read_outputs(tmp_path / "out.jsonl")] == [r["output"] for r in done]
-    else:
-        assert all(len(set(r["output"])) == 3 for r in data.read_pairs(tmp_path / "out.jsonl"))
     shown = {p["messages"][-1]["content"] for p in server.payloads}
     assert shown == {simulate.whole_instruction(r) for r in INSTRUCTIONS} and "Say 2.\n\ninput 2" in shown
     run("sample", server, INSTRUCTIONS, tmp_path / "out.jsonl", "--outputs", n)
     assert server.calls == 20 * n + 1
 
 
-@pytest.mark.parametrize("argv, temperature", [
-    (["sample", "--prompt", "x"], 0.7), (["--prompt", "x"], 0.7), (["refine", "--data", "x", "--out", "y"], 0.7),
-    (["sample", "--data", "x", "--out", "y", "--best-of", "4", "--reward", "z"], 1),
-    (["judge", "--by", "model", "--data", "x", "--out", "y"], 0), (["--prompt", "x", "--temperature", "0"], 0)])
-def test_default_temperatures(argv, temperature):
-    """The judge's temperature of 0 is everyone's: sampling is greedy, and best-of-n chooses among n equal texts."""
-    assert parse([*argv, "--model", "m"]).temperature == temperature
-
-
-def test_judging_through_an_api(serve, tmp_path):
+def test_judging_and_refining_through_an_api(tmp_path):
     """Praise in a whole sentence becomes criticism, criticism that mentions perfection becomes praise, or a truncated
-    judgment passes as whole."""
+    judgment passes as whole; good answers are rewritten as well, or the rejected one is not kept beside the new."""
     replies = {0: "Perfect.", 1: "The response is perfect", 2: ' "Perfect!" ', 3: "perfect", 4: "It is perfect.",
                5: "Perfect spelling, but 7 is wrong.", 6: "The response is perfect, except for 6.", 7: "Not perfect."}
-    number = lambda p: int(re.search(r"Say (\d+)", p["messages"][-1]["content"])[1])
     cut = json.dumps({"choices": [{"message": {"content": "It is per"}, "finish_reason": "length"}]})
     faults = {9: (400, {}, "no"), 10: (200, {}, cut)}
-    server = serve(answer=lambda p: replies.get(number(p), f" {number(p)} is wrong.\n"),
+
+    def number(p):
+        return int(re.search(r"Say (\d+)", p["messages"][-1]["content"])[1])
+    server = Server(answer=lambda p: replies.get(number(p), f" {number(p)} is wrong.\n"),
                    fault=lambda _, p: faults.get(number(p)))
-    done, failed, stats = run("judge", server, OUTPUTS, tmp_path / "out.jsonl", "--by", "api")
-    judged = data.read_judged(tmp_path / "out.jsonl")
+    judged, failed, stats = run("judge", server, OUTPUTS, tmp_path / "judged.jsonl", "--by", "api")
     assert [r["judgment"] for r in judged[:9]] == [None] * 5 + [replies[5], replies[6], replies[7], "8 is wrong."]
     assert [r["id"] for r in failed] == ["x9", "x10"] and failed[1]["reason"].startswith("truncated")
-    assert (len(done), stats["perfect"], stats["criticized"], stats["failed"]) == (18, 5, 13, 2)
+    assert (len(judged), stats["perfect"], stats["criticized"], stats["failed"]) == (18, 5, 13, 2)
     p = next(p for p in server.payloads if number(p) == 2)
     assert [m["role"] for m in p["messages"]] == ["system", "user"] and p["temperature"] == 0
     for text in ("Say 2.\n\ninput 2\n", "answer 2 {output} {judgment}\n"):
         assert text in p["messages"][1]["content"]
-
-
-def test_refining(serve, tmp_path):
-    """Good answers are rewritten as well, or the rejected answer is not kept beside the new one."""
-    judged = [{**r, "judgment": None if i % 4 == 0 else f"fault {i}"} for i, r in enumerate(OUTPUTS)]
-    server = serve(answer=lambda p: f" new {fingerprint(p)}\n",
-                   fault=lambda _, p: (400, {}, "no") if "fault 5" in p["messages"][0]["content"] else None)
-    done, failed, stats = run("refine", server, judged, tmp_path / "out.jsonl")
-    assert server.calls == 15 and len(done) == 14 == stats["records"] and [r["id"] for r in failed] == ["x5"]
-    before = {r["id"]: r for r in judged}
-    for r in data.read_judged(tmp_path / "out.jsonl"):
-        old = before[r["id"]]
-        assert (r["rejected"], r["was_judged"], r["judgment"]) == (old["output"], old["judgment"], None)
-        assert r["output"].startswith("new ") and r["output"] == r["output"].strip() and r["more"] == old["more"]
+    server = Server(answer=lambda p: f" new {number(p)}\n",
+                   fault=lambda _, p: (400, {}, "no") if number(p) == 8 else None)
+    done, failed, stats = run("refine", server, judged, tmp_path / "refined.jsonl")
+    assert server.calls == 13 and len(done) == 12 == stats["records"] and [r["id"] for r in failed] == ["x8"]
+    criticized = [r for r in judged if r["judgment"] and r["id"] != "x8"]
+    for new, old in zip(data.read_judged(tmp_path / "refined.jsonl"), criticized, strict=True):
+        assert new == {**old, "output": f"new {old['more']}", "judgment": None, "rejected": old["output"],
+                       "was_judged": old["judgment"]}
 
 
 SHOWN = re.compile(r"Pair \d+\nInstruction:\n(.*?)\n\nOutput \(a\):\n(.*?)\n\nOutput \(b\):\n(.*?)\n(?=\nPair|\Z)",
@@ -576,16 +425,13 @@ def pairs_shown(payload):
 
 
 def compare(payload):
-    """The reply of an annotator who likes outputs with "good" in them; it garbles prompts that have a pair "odd"."""
-    system, pairs = payload["messages"][0]["content"], pairs_shown(payload)
-    labels = []
-    for _, a, b in pairs:
+    """The reply of an annotator who likes outputs with "good" in them; a label lacks if a pair is "odd"."""
+    labels, pairs = [], pairs_shown(payload)
+    for _, a, _ in pairs:
         first = "good" in a or a == "2"
-        labels.append(json.dumps({"reason": "note: false alarm", "a_is_better": first}) if "a_is_better" in system
-                      else f"Output ({'a' if first else 'b'})")
-    if any("odd" in instruction for instruction, _, _ in pairs):
-        labels = labels[:-1] if random.Random(fingerprint(payload)).random() < 0.5 else labels + labels[:1]
-    return "\n".join(labels)
+        labels.append(json.dumps({"reason": "note: false alarm", "a_is_better": first})
+                      if "a_is_better" in payload["messages"][0]["content"] else f"Output ({'a' if first else 'b'})")
+    return "\n".join(labels[any("odd" in instruction for instruction, _, _ in pairs):])
 
 
 def make_pairs(count, odd=()):
@@ -594,42 +440,41 @@ def make_pairs(count, odd=()):
              **dict(zip(("output_1", "output_2"), rng.sample([f"good {i}", f"poor {i}"], 2)))} for i in range(count)]
 
 
-def test_preferences_of_the_pool(serve, tmp_path):
+def test_preferences_of_the_pool(tmp_path):
     """The order shown is not undone, random labels are paid for, or a reply with too few labels shifts them to other
-    pairs."""
-    pairs = make_pairs(400, odd=(50, 150, 250))
+    pairs; --models is not heeded, or a misspelt slot runs on another model."""
+    pairs, out, server = make_pairs(400, odd=(50, 150, 250)), tmp_path / "out.jsonl", Server(answer=compare)
     pairs[10]["output_2"] = pairs[10]["output_1"]
-    server = serve(answer=compare)
-    out = tmp_path / "out.jsonl"
-    done, failed, stats = run("prefer", server, pairs + pairs[:30], out, "--by", "api", "--noise", 0.25)
-    dummy = simulate.DUMMY["instruction"]
-    shown = [instruction for p in server.payloads for instruction, _, _ in pairs_shown(p) if instruction != dummy]
-    noise = [r for r in done if r["annotator"] == "noise"]
+    more = ("--by", "api", "--noise", 0.25, "--cache", tmp_path / "cache", "--models", "strong=S", "medium=M")
+    done, failed, stats = run("prefer", server, pairs + pairs[:30], out, *more)
+    prompts = [[instruction for instruction, _, _ in pairs_shown(p)] for p in server.payloads]
+    shown = [instruction for prompt in prompts for instruction in prompt if instruction != "1+1="]
+    noise = {r["instruction"] for r in done if r["annotator"] == "noise"}
     asked = [r for r in done if r["annotator"] not in ("noise", "equal texts")]
     assert len(shown) == len(set(shown)) == len(asked) + len(failed)
-    assert not {r["instruction"] for r in noise} & set(shown) and 150 < len(noise) == stats["random_labels"] < 250
+    assert not noise & set(shown) and 150 < len(noise) == stats["random_labels"] < 250
     assert all((r["preference"] == 1) == ("good" in r["output_1"]) for r in asked)
     assert {r["switched"] for r in asked} == {True, False}
     assert {r["annotator"] for r in asked + failed} == {a.name for a in ANNOTATORS}
     assert [r["more"] for r in done if r["annotator"] == "equal texts"] == [10] and stats["ties"] == 1
     assert sorted(r["more"] for r in done + failed) == list(range(400))
-    assert [r["more"] for r in done] == sorted(r["more"] for r in done)
-    prompts = [{instruction for instruction, _, _ in pairs_shown(p)} for p in server.payloads]
-    garbled = set().union(*(p for p in prompts if any("odd" in instruction for instruction in p)))
-    assert {r["instruction"] for r in failed} == garbled - {dummy} and failed
+    garbled = {i for prompt in prompts for i in prompt if any("odd" in j for j in prompt)}
+    assert {r["instruction"] for r in failed} == garbled - {"1+1="} and failed
     assert all(r["reason"].startswith("not understood") and "preference" not in r for r in failed)
     assert stats["parse_rate"] == pytest.approx(len(asked) / (len(asked) + len(failed)))
-    assert len(data.read_preferences(out)) == len(done) - 1
+    terse = {p["model"] for p in server.payloads if simulate.TERSE in p["messages"][0]["content"]}
+    assert terse == {"m"} and {p["model"] for p in server.payloads} == {"S", "M", "m"}
     calls = server.calls
-    again = run("prefer", server, pairs, tmp_path / "again.jsonl", "--by", "api", "--noise", 0.25, "--cache",
-                f"{out}.cache.jsonl")
-    assert again[0] == done and server.calls == calls
+    assert run("prefer", server, pairs, out, *more)[0] == done and server.calls == calls
+    for wrong in ("stong=S", "gpt-4"):
+        with pytest.raises(InputError, match="--models"):
+            run("prefer", server, pairs, out, "--by", "api", "--models", wrong)
 
 
-def test_preferences_of_one_judge(serve, tmp_path):
-    """--single asks the pool, or several pairs at once; or calls that failed, ties and duplicates count as replies
-    that were understood."""
-    server = serve(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
+def test_preferences_of_one_judge(tmp_path):
+    """--single asks the pool, or several pairs at once; calls that failed, ties and duplicates count as replies that
+    were understood; or the win rate is the baseline's, or counts instructions that only one of the files has."""
+    server = Server(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
                    fault=lambda n, p: (400, {}, "no") if "Ask 1" in p["messages"][1]["content"] else None)
     pairs = make_pairs(20, odd=(3, 4))
     pairs[5]["output_1"] = pairs[5]["output_2"]
@@ -638,40 +483,23 @@ def test_preferences_of_one_judge(serve, tmp_path):
     assert stats["failed_by_reason"] == {"HTTP 400": 11, "not understood": 2} and len(done) == 7
     assert stats["parse_rate"] == pytest.approx(6 / 8)
 
-
-def test_each_slot_asks_its_model(serve, tmp_path):
-    """--models is not heeded, or a misspelt slot runs on another model."""
-    server, names = serve(answer=compare), ("strong=S", "medium=M", "basic=B")
-    run("prefer", server, make_pairs(100), tmp_path / "out.jsonl", "--by", "api", "--models", *names)
-    terse = {p["model"] for p in server.payloads if simulate.TERSE in p["messages"][0]["content"]}
-    assert terse == {a.slot[0].upper() for a in ANNOTATORS if a.persona == simulate.TERSE}
-    assert {p["model"] for p in server.payloads} == {"S", "M", "B"}
-    for wrong in ("stong=S", "gpt-4"):
-        with pytest.raises(InputError, match="--models"):
-            run("prefer", server, make_pairs(10), tmp_path / "b.jsonl", "--by", "api", "--models", wrong)
-
-
-def test_win_rate_against_a_baseline(serve, tmp_path):
-    """The win rate is the baseline's, counts instructions that only one of the files has, or is not written."""
-    base = write(tmp_path / "base.jsonl", [{"instruction": f"Ask {i}", "output": "good" if i < 10 else "poor"}
-                                           for i in range(50)])
-    records = [{"instruction": f"Ask {i}", "output": "poor x" if i < 10 else "good x"} for i in range(45)] + [
-        {"instruction": "elsewhere", "output": "good"}]
-    done, failed, stats = run("prefer", serve(answer=compare), records, tmp_path / "out.jsonl", "--by", "api",
-                              "--single", "--against", base)
+    base = [{"instruction": f"Ask {i}", "output": "good" if i < 10 else "poor"} for i in range(50)]
+    records = [{"instruction": f"Ask {i}", "output": "poor x" if i < 10 else "good x"} for i in range(45)]
+    records.append({"instruction": "elsewhere", "output": "good"})
+    done, failed, stats = run("prefer", Server(answer=compare), records, tmp_path / "win.jsonl", "--by", "api",
+                              "--single", "--against", write(tmp_path / "base.jsonl", base))
     assert len(done) == 45 and stats["win_rate"] == pytest.approx(35 / 45)
     assert stats["win_rate_se"] == pytest.approx(math.sqrt(35 / 45 * 10 / 45 / 44))
-    assert all(r["output_1"] in ("good", "poor") for r in done)
 
 
 @pytest.mark.parametrize("verb, records, more", [
     ("sample", INSTRUCTIONS, ["--outputs", 2]), ("judge", OUTPUTS, ["--by", "api"]),
     ("refine", [{**r, "judgment": "no"} for r in OUTPUTS], []),
-    ("prefer", make_pairs(60) + make_pairs(9), ["--by", "api", "--noise", 0.1]),
-    ("prefer", [{"instruction": f"{i}", "output": ["good", "poor", "poor"]} for i in range(9)], ["--by", "api"])])
-def test_dry_run(serve, tmp_path, capsys, verb, records, more):
-    """--dry-run sends something, writes something, or announces other numbers than the run then has."""
-    server = serve(answer=compare if verb == "prefer" else fingerprint)
+    ("prefer", make_pairs(60) + make_pairs(9), ["--by", "api", "--noise", 0.1])])
+def test_dry_run(tmp_path, capsys, verb, records, more):
+    """--dry-run sends something, writes something, or announces other numbers than the run then has; or a limit is
+    given that nothing can hold to, because the price is not known."""
+    server = Server(answer=compare if verb == "prefer" else fingerprint)
     path = write(tmp_path / "in.jsonl", records)
     argv = [verb, "--api", server.url, "--api-model", "m", "--data", path, "--out", str(tmp_path / "out.jsonl"),
             *map(str, more)]
@@ -682,133 +510,88 @@ def test_dry_run(serve, tmp_path, capsys, verb, records, more):
         "calls to send", "prompt tokens", "completion tokens"))
     simulate.main(argv)
     assert calls == server.calls and completion == sum(p["max_tokens"] for p in server.payloads)
-    messages = [m for p in server.payloads for m in p["messages"]]
-    assert prompt == sum(len(m["content"]) + 16 for m in messages) // 4
+    assert prompt == sum(len(m["content"]) + 16 for p in server.payloads for m in p["messages"]) // 4
     assert float(re.search(r"at most \$([\d.]+)", printed)[1]) == pytest.approx(
         (2.5 * prompt + 10 * completion) / 1e3, abs=0.01)
     capsys.readouterr()
     simulate.main([*argv, "--dry-run"])
     printed = capsys.readouterr().out
     assert f"0 calls to send, {calls} answers in the cache" in printed and "--price" in printed
-
-
-def test_max_cost_needs_a_price():
-    """A limit is given that nothing can hold to, because the price is not known."""
-    argv = ["judge", "--by", "api", "--api", "http://a", "--api-model", "m", "--data", "a", "--out", "b",
-            "--max-cost", "1"]
     with pytest.raises(InputError, match="--price"):
-        parse(argv)
-    assert parse([*argv, "--price", "1", "2"]).price == [1, 2]
+        simulate.main([*argv, "--max-cost", "1"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Labels, prompts, draws
+# Labels, draws, noise; models of ours
 
 
 def test_labels_in_replies():
-    """A label inside a sentence or a reason counts, a line with a leading space does not, or stripping moves one."""
-    text = "Output (b)\nOutput (a)\n Output (a)\nI like Output (b)\nOutput (b)"
+    """A label inside a sentence or a reason counts, a line with a leading space does not, or an answer in the requested
+    format is not understood or does not fit."""
     patterns = {name: (style.prefers_a, style.prefers_b) for name, style in STYLES.items()}
+    text = "Output (b)\nOutput (a)\n Output (a)\nI like Output (b)\nOutput (b)"
     assert find_labels(text, *patterns["list"]) == [2, 1, 1, 2]
-    assert find_labels(text, r"^Output \(a\)", r"^Output \(b\)") == [2, 1, 2]
-    reply = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
-    assert find_labels(reply, *patterns["json"]) == [2, 1]
-    assert find_labels("\n(b)\n is good.\n(a)", r"\n\(a\)", r"\n\(b\)") == [2, 1]
+    text = '{"reason": "note: false alarm, \\"a_is_better\\": true", "a_is_better": false}\n{"a_is_better" :true}'
+    assert find_labels(text, *patterns["json"]) == [2, 1]
     assert find_labels("", *patterns["word"]) == find_labels("neither", *patterns["word"]) == []
+    for name, style in STYLES.items():
+        assert find_labels(style.example, *patterns[name]) == [2] and len(style.example) / 3 < style.tokens
 
 
-def pair(text):
-    return {"instruction": text, "input": "", "output_1": "x", "output_2": "y"}
+def assert_fraction(hits, expected):
+    """The fraction of hits is within four standard errors of the expected one."""
+    assert abs(sum(hits) / len(hits) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(hits)) + 1e-9
 
 
-def drawn(texts, noise=0.25, seed=0):
-    """(random label or None, switched or None) of each text."""
-    labels, asked = simulate.draw([pair(t) for t in texts], ANNOTATORS, noise, seed)
-    switched = {i: s for i, _, s, _ in asked}
-    return [[label and label[0], switched.get(i)] for i, label in enumerate(labels)]
-
-
-def test_draws_of_three_instructions():
-    """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off."""
-    texts = ["2+2=", "What is the capital of France?", "Write a haiku about alpacas."]
-    assert [label for label, _ in drawn(texts)] == [None, 1, 1]
-    assert [switched for _, switched in drawn(texts, noise=0)] == [False, False, True]
-    assert drawn(texts)[0] == [None, False]
-    texts = [f"key {i}" for i in range(99)]
-    assert drawn(texts, seed=1) != drawn(texts)
-
-
-def draws():
-    """Everything that is drawn from texts."""
+def test_draws():
+    """Random labels or orders are not AlpacaFarm's, so that a comparison with its annotations is off; or hash() of a
+    text seeds a draw: a rerun asks other annotators, and pays again."""
+    texts = ("2+2=", "What is the capital of France?", "Write a haiku about alpacas.")
+    pairs = [{**simulate.EXAMPLE, "instruction": text} for text in texts]
+    labels, asked = simulate.draw(pairs, ANNOTATORS, 0.25, 0)
+    assert labels == [None, (1, "noise"), (1, "noise")]
+    _, asked = simulate.draw(pairs, ANNOTATORS, 0.0, 0)
+    assert [switched for _, _, switched, _ in asked] == [False, False, True]
     pairs = simulate.pair_up([{"instruction": str(i), "output": list("abcd")} for i in range(200)], 0)
     sent = []
     api = types.SimpleNamespace(complete=lambda payloads: [sent.append(p) or simulate.Answer("") for p in payloads])
     annotate = simulate.ask_annotators(api, dict.fromkeys(("strong", "medium", "basic"), "m"), 0)
-    return json.dumps([pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent])
+    assert fingerprint([pairs, simulate.prefer(pairs, ANNOTATORS, annotate, 0.1, 0), sent]) == "0776a9e2753d1283"
 
 
-def test_draws_are_equal_in_every_process():
-    """hash() of a text seeds a draw: a rerun asks other annotators, and pays again."""
-    source = "import sys; sys.path[:0] = ['.', 'tests']; import test_api; print(test_api.draws())"
-    ran = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True,
-                         env={**os.environ, "PYTHONHASHSEED": "123"})
-    assert ran.stdout.splitlines()[-1] == draws()
-
-
-@pytest.fixture(scope="module")
-def world_pairs():
-    """2,400 pairs of the truth and a corrupted answer, in random order."""
-    world, rng, pairs = data.World(5), random.Random(5), []
-    for r in world.instructions("train", 2400):
-        texts = [r["reference"], world.corrupt(r, r["reference"], rng)]
-        rng.shuffle(texts)
-        pairs.append({**r, "output_1": texts[0], "output_2": texts[1]})
+def two_answers(count, right, wrong):
+    """Pairs of a right and a wrong answer, in both orders."""
+    pairs = []
+    for i in range(count):
+        first, second = (right, wrong) if i % 2 else (wrong, right)
+        pairs.append({"instruction": str(i), "output_1": first, "output_2": second, "reference": right})
     return pairs
 
 
 @pytest.mark.parametrize("accuracy, noise", [(1.0, 0.25), (0.8, 0.25), (0.8, 0.0)])
-def test_noise_arithmetic(world_pairs, accuracy, noise):
+def test_noise_arithmetic(accuracy, noise):
     """Noise flips with another probability than it says, prefers a side, or hits the annotators' own mistakes
     unevenly; or one order is shown more often."""
-    done, failed = simulate.prefer(world_pairs, simulate.simulated_pool(accuracy), simulate.ask_simulated(0), noise, 0)
-    right = sum((r["preference"] == 1) == (r["output_1"] == r["reference"]) for r in done) / len(done)
-    expected = accuracy * (1 - 2 * noise) + noise
+    pairs = two_answers(2400, "It is 12.", "It is 13.")
+    done, failed = simulate.prefer(pairs, simulate.simulated_pool(accuracy), simulate.ask_simulated(0), noise, 0)
     assert len(done) == 2400 and not failed
-    assert abs(right - expected) < 3 * math.sqrt(expected * (1 - expected) / len(done))
+    right = [(r["preference"] == 1) == (r["output_1"] == r["reference"]) for r in done]
+    assert_fraction(right, accuracy * (1 - 2 * noise) + noise)
     for label in (1, 2):
-        count = sum(r["annotator"] == "noise" and r["preference"] == label for r in done)
-        assert abs(count / len(done) - noise) < 3 * math.sqrt(noise * (1 - noise) / len(done)) + 1e-9
-    assert abs(sum(r["switched"] for r in done) / len(done) - (0.5 - noise)) < 3 * math.sqrt(0.25 / len(done))
+        assert_fraction([r["annotator"] == "noise" and r["preference"] == label for r in done], noise)
+    assert_fraction([r["switched"] for r in done], 0.5 - noise)
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.8])
 def test_biases_of_simulated_annotators(bias):
     """The bias for length or place works the other way round, or exists where it was not asked for."""
-    rng, pairs = random.Random(3), []
-    for i in range(3000):
-        texts = ["one two three", "one two three four five six seven eight"]
-        rng.shuffle(texts)
-        pairs.append({"instruction": str(i), "output_1": texts[0], "output_2": texts[1], "reference": ""})
-    fraction, error = 1 / (1 + math.exp(-bias)), 3 * math.sqrt(0.25 / 3000)
-
     def label(**biases):
+        pairs = two_answers(3000, "one two three", "one two three four five six seven eight")
         return simulate.prefer(pairs, simulate.simulated_pool(0.5, **biases), simulate.ask_simulated(0))[0]
-    longer = [(r["preference"] == 1) == (len(r["output_1"]) > len(r["output_2"])) for r in label(length=bias)]
-    first = [(r["preference"] == 1) != r["switched"] for r in label(position=bias)]
-    assert abs(sum(longer) / 3000 - fraction) < error and abs(sum(first) / 3000 - fraction) < error
-    neither = [(r["preference"] == 1) != r["switched"] for r in label(length=bias)]
-    assert abs(sum(neither) / 3000 - 0.5) < error
-
-
-def test_pairs_out_of_several_outputs():
-    """A text is compared with itself, some ordered pairs come up more often, or an instruction gives several pairs."""
-    records = [{"instruction": f"i{i % 3000}", "input": "", "output": list("abcab"), "id": i} for i in range(6000)]
-    pairs = simulate.pair_up(records, 0)
-    assert len(pairs) == 3000 == len({r["instruction"] for r in pairs}) and all("output" not in r for r in pairs)
-    count = collections.Counter((r["output_1"], r["output_2"]) for r in pairs)
-    assert set(count) == {(x, y) for x in "abc" for y in "abc" if x != y}
-    assert all(abs(k / 3000 - 1 / 6) < 4 * math.sqrt(5 / 36 / 3000) for k in count.values())
-    assert simulate.pair_up([{"instruction": "i", "output": ["a", "a"]}], 0) == []
+    fraction, for_length = 1 / (1 + math.exp(-bias)), label(length=bias)
+    assert_fraction([(r["preference"] == 1) == (len(r["output_1"]) > len(r["output_2"])) for r in for_length], fraction)
+    assert_fraction([(r["preference"] == 1) != r["switched"] for r in label(position=bias)], fraction)
+    assert_fraction([(r["preference"] == 1) != r["switched"] for r in for_length], 0.5)
 
 
 HOSTILE = ["{b}", "{a} {number} {instruction}", "Output (a)", "Output (b)\n", "</s>",
@@ -818,34 +601,14 @@ HOSTILE = ["{b}", "{a} {number} {instruction}", "Output (a)", "Output (b)\n", "<
 @pytest.mark.parametrize("annotator", ANNOTATORS + SINGLE, ids=lambda a: a.name)
 def test_texts_stay_texts_in_prompts(annotator):
     """An output captures a placeholder of the prompt, or closes its message and opens another."""
+    plain, _ = simulate.annotator_prompt(annotator, [simulate.EXAMPLE], "m")["messages"]
+    assert "{number}" not in plain["content"]
     for a in HOSTILE:
-        for b in HOSTILE[:4]:
-            shown = [{"instruction": a, "input": b, "output_1": a, "output_2": b}] * annotator.pairs
-            p = json.loads(json.dumps(simulate.annotator_prompt(annotator, shown, "m")))
-            assert [m["role"] for m in p["messages"]] == ["system", "user"]
-            assert p["messages"][1]["content"] == "\n".join(
-                f"Pair {i}\nInstruction:\n{a}\n\n{b}\n\nOutput (a):\n{a}\n\nOutput (b):\n{b}\n"
-                for i in range(1, annotator.pairs + 1))
-            assert p["messages"][0] == simulate.annotator_prompt(annotator, [pair("x")], "m")["messages"][0]
-            assert "{number}" not in p["messages"][0]["content"]
-
-
-def test_the_pool():
-    """Two annotators are the same prompt, the pool is not 5 + 4 + 4 with 6 that see several pairs, or an answer in the
-    requested format is not understood or does not fit."""
-    assert collections.Counter(a.slot for a in ANNOTATORS) == {"strong": 5, "medium": 4, "basic": 4}
-    assert sum(a.pairs > 1 for a in ANNOTATORS) == 6 and len({a.name for a in ANNOTATORS}) == 13
-    models = {"strong": "S", "medium": "M", "basic": "B"}
-    prompts = {json.dumps(simulate.annotator_prompt(a, [pair("x")] * a.pairs, models[a.slot])) for a in ANNOTATORS}
-    assert len(prompts) == 13
-    for style in STYLES.values():
-        assert find_labels(style.example, style.prefers_a, style.prefers_b) == [2]
-        assert len(style.example) / 3 < style.tokens
-    assert [a.name for a in simulate.simulated_pool()] == [a.name for a in ANNOTATORS]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models of ours
+        shown = [{"instruction": a, "input": a, "output_1": a, "output_2": a}] * annotator.pairs
+        system, user = simulate.annotator_prompt(annotator, shown, "m")["messages"]
+        assert system == plain and user["role"] == "user" and user["content"] == "\n".join(
+            f"Pair {i}\nInstruction:\n{a}\n\n{a}\n\nOutput (a):\n{a}\n\nOutput (b):\n{a}\n"
+            for i in range(1, annotator.pairs + 1))
 
 
 def save_model(directory, seed=0):
@@ -874,37 +637,28 @@ def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch):
     real, asked = simulate.sample_responses, []
 
     def sample_responses(model, tokenizer, records, *args, **kw):
-        if len(asked) == stop:
+        if len(asked) > 6 and None not in asked:                            # what is left is cut into other parts
+            asked.append(None)
             raise KeyboardInterrupt
-        asked.append([r["instruction"] for r in records])
+        asked.extend(r["instruction"] for r in records)
         return real(model, tokenizer, records, *args, **kw)
     monkeypatch.setattr(simulate, "sample_responses", sample_responses)
-    stop = 2                                                                # what is left is cut into other parts
     with pytest.raises(KeyboardInterrupt):
         simulate.main(sampling(model, tmp_path, "parts.jsonl"))
-    assert not (tmp_path / "parts.jsonl").exists()
-    stop = -1
     simulate.main(sampling(model, tmp_path, "parts.jsonl"))
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    flat = [instruction for part in asked for instruction in part]
-    assert len(flat) == len(set(flat)) == 22 and len(asked) > 4
-    monkeypatch.setattr(simulate.LLaMA, "from_pretrained", None)            # all is answered: no need to read weights
-    simulate.main(sampling(model, tmp_path, "parts.jsonl"))
-    assert len(lines(tmp_path / "parts.jsonl")) == 22
+    assert len(asked) == len(set(asked)) == 23
 
 
 def test_new_weights_are_sampled_anew(model, tmp_path):
     """A model trained again into the same directory is served the old one's answers; so is another seed or length."""
-    simulate.main(sampling(model, tmp_path, "out.jsonl"))
-    old = (tmp_path / "out.jsonl").read_bytes()
-    save_model(model, seed=1)
-    simulate.main(sampling(model, tmp_path, "out.jsonl"))
-    new = (tmp_path / "out.jsonl").read_bytes()
-    simulate.main(sampling(model, tmp_path, "fresh.jsonl"))
-    assert new == (tmp_path / "fresh.jsonl").read_bytes() != old
-    for more in (("--seed", "1"), ("--max-new-tokens", "3"), ("--temperature", "0")):
-        simulate.main(sampling(model, tmp_path, "out.jsonl", *more))
-        assert (tmp_path / "out.jsonl").read_bytes() != new
+    seen = set()
+    for more in (("--temperature", "1"), ("--seed", "1"), ("--max-new-tokens", "3")):
+        for seed in (0, 1):
+            save_model(model, seed)
+            simulate.main(sampling(model, tmp_path, "out.jsonl", *more))
+            seen.add((tmp_path / "out.jsonl").read_bytes())
+    assert len(seen) == 6
 
 
 @pytest.mark.slow
@@ -922,40 +676,34 @@ def test_two_processes_sample_what_one_does(model, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # A server that is not ours
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-
 
 @pytest.mark.slow
 def test_a_real_server(model, tmp_path):
     """The client speaks a dialect that only the server of these tests understands."""
     for package in ("fastapi", "uvicorn", "openai", "pydantic", "accelerate"):
         pytest.importorskip(package, reason=f"`transformers serve` needs {package}: see tests/requirements.txt")
-    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with open(tmp_path / "serve.log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model),
-             "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model),
+         "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     try:
         for _ in range(240):
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert process.poll() is None, (tmp_path / "serve.log").read_text()[-3000:]
+            assert process.poll() is None
             time.sleep(0.5)
         server = types.SimpleNamespace(url=f"http://127.0.0.1:{port}/v1")
-        common = ("--api-model", str(model), "--at-once", "2", "--tries", "3")
-        for verb, records, more in (("sample", INSTRUCTIONS[:4], ("--outputs", 2, "--max-new-tokens", 8)),
-                                    ("judge", OUTPUTS[:4], ("--by", "api", "--max-new-tokens", 8)),
-                                    ("prefer", make_pairs(4), ("--by", "api"))):
-            done, failed, stats = run(verb, server, records, tmp_path / verb, *common, *more)
-            assert len(done) + len(failed) == 4 and stats["completion_tokens"] > 0
-            # a random model hardly ever ends in time, or says what it is asked to say
-            assert done if verb == "sample" else all(
-                r["reason"].startswith(("truncated", "not understood")) for r in failed), failed
+        common = ("--api-model", str(model), "--at-once", "2", "--tries", "3", "--max-new-tokens", 8)
+        done, failed, stats = run("sample", server, INSTRUCTIONS[:4], tmp_path / "sample", *common, "--outputs", 2)
+        assert len(done) == 4 and not failed and stats["completion_tokens"] > 0
+        done, failed, stats = run("judge", server, OUTPUTS[:4], tmp_path / "judge", *common, "--by", "api")
+        # a random model hardly ever ends in time
+        assert len(done) + len(failed) == 4 and all(r["reason"].startswith("truncated") for r in failed), failed
     finally:
         process.kill()
         process.wait()

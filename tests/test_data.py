@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,16 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data as D  # noqa: E402
-from data import (FORMATS, IGNORE, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate,  # noqa: E402
+import data as D
+from data import (FORMATS, IGNORE, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate,
                   corrected, differences, encode, format_prompt, join, judge_reference, units)
-from model import Config, LLaMA  # noqa: E402
+from model import Config, LLaMA
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
-REAL = ROOT.parent / "shared" / "data"
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files at {REAL.parent.name}/{REAL.name}")
 TEXTS = ["The answer is 12.", "a", "a b", "a  b", " a", "  a", "a ", "a  ", " ", "   ", "", "\n", "\n\n",
          "\na", "a\n b", "a\n\n  b", "a\tb", "\r\n", "é ü ß", "e\u0301", "漢字かな", "😀", "a😀 b",
@@ -38,17 +35,14 @@ def words():
     return D.world_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def llama():
+@pytest.fixture(scope="module", params=["words", "llama"])
+def tokenizer(request, words):
     path = REAL / "llama" / "tokenizer.model"
+    if request.param == "words":
+        return words
     if not path.is_file():
         pytest.skip("no shared/data/llama/tokenizer.model")
     return Tokenizer(path.read_bytes(), path)
-
-
-@pytest.fixture(params=["words", "llama"])
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
 
 
 def save_tiny_model(directory, tokenizer):
@@ -74,7 +68,9 @@ def refused(call, *parts):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizer and prompts
+
+RECORD, WITH_INPUT = {"instruction": "Do.", "input": ""}, {"instruction": "Do.", "input": "It."}
 
 
 def check_ids(tokenizer, prompt, response):
@@ -92,13 +88,6 @@ def test_a_response_continues_its_prompt(tokenizer, prompt_format):
         check_ids(tokenizer, format_prompt(RECORD, prompt_format, "It is wrong."), text)
 
 
-@real
-def test_ids_of_published_responses(llama):
-    """The join works for tame texts only, and not for all 1000 of CUT's."""
-    for record in D.read_outputs(REAL / "cut" / "train-alpaca-sample-iter1.json"):
-        check_ids(llama, format_prompt(record, "cut"), record["output"])
-
-
 def test_decode_undoes_encode(tokenizer):
     """Decoding eats a leading space or newline, loses bytes, or ends at a </s> that is spelled in the text; or the
     pieces of a marked response do."""
@@ -110,35 +99,20 @@ def test_decode_undoes_encode(tokenizer):
         assert tokenizer.encode_prompt(text).count(tokenizer.bos) == 1
 
 
-def test_no_word_of_the_world_is_split(words):
-    """A value of two tokens turns a fact into spelling, which a model of this size learns badly (any seed)."""
-    values = {*D.ANIMALS, *D.VERBS, *D.VERBS.values()}
-    for seed in range(6):
-        for fact in World(seed).facts.values():
-            values |= {fact.truth, fact.misconception, *fact.others}
-    assert len(values) > 150
-    assert [v for v in sorted(values) if len(words.encode_response(f"is {v}.")) != 4] == []
-
-
 def test_unusable_model_directories_are_refused(words, tmp_path):
     """A traceback for LLaMA 3's tiktoken file or a missing config.json; an id without an embedding, in mid-training."""
-    def load():
-        return Tokenizer.from_pretrained(tmp_path)
-
     model, config = tmp_path / "tokenizer.model", tmp_path / "config.json"
     save_tiny_model(tmp_path, words)
-    assert load().encode_response("a b") == words.encode_response("a b")
-    put(config, json.dumps({"vocab_size": words.vocab_size - 1}))
-    refused(load, tmp_path, words.vocab_size, words.vocab_size - 1, "belong together")
-    for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', b"\xff"):
-        put(config, broken)
-        refused(load, config, "vocab_size")
-    config.unlink()
-    refused(load, config, "vocab_size")
-    put(model, b"IQ== 0\nIg== 1\nIw== 2\n")
-    refused(load, model, "not a sentencepiece model", "LLaMA 3")
-    model.unlink()
-    refused(load, model, "no sentencepiece tokenizer", "tokenizer.json", "LLaMA 3")
+    files = {path: path.read_bytes() for path in (config, model)}
+    for path, content, *parts in [
+            (config, json.dumps({"vocab_size": words.vocab_size - 1}), words.vocab_size - 1, "belong together"),
+            *[(config, broken, "vocab_size") for broken in ("{", "[]", "{}", '{"vocab_size": "many"}', b"\xff", None)],
+            (model, b"IQ== 0\nIg== 1\nIw== 2\n", "not a sentencepiece model", "LLaMA 3"),
+            (model, None, "no sentencepiece tokenizer", "tokenizer.json", "LLaMA 3")]:
+        path.unlink() if content is None else put(path, content)
+        refused(lambda: Tokenizer.from_pretrained(tmp_path), tmp_path, *parts)
+        put(path, files[path])
+    assert Tokenizer.from_pretrained(tmp_path).encode_response("a b") == words.encode_response("a b")
 
 
 def test_transformers_opens_what_we_save(tokenizer, tmp_path):
@@ -162,18 +136,10 @@ def test_companion_files_go_along(words, tmp_path):
     put(base / "chat_template.jinja", "{{ x }}")
     (base / "special_tokens_map.json").symlink_to(put(tmp_path / "private", "secret"))
     new.mkdir()
-    for directory in (new, base):                                           # saving in place changes nothing
+    for directory in (base, new):                                           # saving in place changes nothing
         Tokenizer.from_pretrained(base).save(directory)
-        for name in ("tokenizer.model", "tokenizer_config.json", "tokenizer.json"):
-            assert (directory / name).read_bytes() == (base / name).read_bytes() != b""
         assert (directory / "chat_template.jinja").read_text() == "{{ x }}"
     assert not (new / "special_tokens_map.json").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-RECORD, WITH_INPUT = {"instruction": "Do.", "input": ""}, {"instruction": "Do.", "input": "It."}
 
 
 def test_prompts_word_for_word():
@@ -196,15 +162,6 @@ def test_prompts_word_for_word():
         assert format_prompt(record, "alpaca") == format_prompt(RECORD, "alpaca")
 
 
-@real
-def test_prompts_equal_the_published_templates():
-    """Our constants drift away from CUT's and AlpacaFarm's own files."""
-    cut = json.loads((REAL / "cut" / "prompt_templates.json").read_text(encoding="utf-8"))
-    farm = json.loads((REAL / "alpaca_farm" / "prompt_templates.json").read_text(encoding="utf-8"))
-    assert FORMATS["cut"][0] == cut["prompt_no_input"] and FORMATS["cut"][2] == cut["prompt_no_input_judge"]
-    assert FORMATS["alpaca"][:2] == (farm["prompt_noinputs"], farm["prompt_inputs"])
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_braces_in_a_text_are_text(name):
     """str.format or a chain of replace fills fields that stand in the user's text, or fails on code."""
@@ -221,15 +178,20 @@ def test_braces_in_a_text_are_text(name):
 BASE = {"instruction": "i", "input": "", "output": "o"}
 GOOD, BAD = {**BASE, "judgment": None}, {**BASE, "judgment": "It is wrong."}
 PAIR = {"instruction": "i", "input": "", "output_1": "a", "output_2": "b", "preference": 1}
+
+
+def read_referenced(path):
+    return D.read_outputs(path, reference=True)
+
+
 READERS = {D.read_instructions: {"instruction": "i"}, D.read_demonstrations: {"instruction": "i", "output": "o"},
            D.read_judged: GOOD, D.read_preferences: PAIR, D.read_outputs: {"instruction": "i", "output": "o"},
-           D.read_pairs: {"instruction": "i", "output_1": "a", "output_2": "b"}}
+           D.read_pairs: {"instruction": "i", "output_1": "a", "output_2": "b"},
+           read_referenced: {"instruction": "i", "output": "o", "reference": "r"}}
 reader = pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
-
-
 FORMS = {"a.json": " \n[%s,\n %s]\n", "a.jsonl": "%s\n\n%s", "windows.jsonl": "\ufeff%s\r\n%s\r\n"}
-UNUSABLE = {"": "no records", " \n": "no records", "[]": "no records", "[{": "not JSON", "[GOOD,]": "not JSON",
-            "GOOD\n\n{oops\n": "line 3", "hello": "line 1", "[GOOD, 3]": "record 1 is int", "GOOD\nnull\n": "record 1",
+UNUSABLE = {"": "no records", " \n": "no records", "[]": "no records", "[{": "not JSON", "[{},]": "not JSON",
+            "{}\n\n{oops\n": "line 3", "hello": "line 1", "[{}, 3]": "record 1 is int", "{}\nnull\n": "record 1",
             '"text"': "record 0 is str", b"\xff\xfe[\x00]\x00": "UTF-8", b'[{"a": "caf\xe9"}]': "UTF-8"}
 WITH_OUTPUT = [D.read_outputs, D.read_demonstrations, D.read_judged]
 BAD_RECORDS = [                         # readers, key, its value (KeyError: it is absent), what the message says
@@ -238,6 +200,7 @@ BAD_RECORDS = [                         # readers, key, its value (KeyError: it 
     (READERS, "instruction", " \n", "empty"), (READERS, "input", 3, "int"),
     (WITH_OUTPUT, "output", None, "NoneType"), (WITH_OUTPUT, "output", KeyError, "no key"),
     (WITH_OUTPUT, "output", " \n", "empty"), (WITH_OUTPUT, "output", "\ud83d", "surrogate"),
+    ([read_referenced], "reference", None, "NoneType"), ([read_referenced], "reference", KeyError, "no key"),
     ([D.read_pairs, D.read_preferences], "output_1", ["o"], "list"),
     ([D.read_pairs, D.read_preferences], "output_2", "\ud83d", "surrogate"),
     ([D.read_preferences], "output_2", KeyError, "no key"),
@@ -251,33 +214,28 @@ BAD_RECORDS = [                         # readers, key, its value (KeyError: it 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_json_files(read, name, tmp_path):
     """A list or lines, blank lines, Windows line ends, a byte order mark, gzip or a missing last newline break the
-    reader; an absent input is not filled in, or unknown keys are lost."""
-    records = [{**READERS[read], "extra": [1, {"k": "é"}]}, {**READERS[read], "input": "x", "extra": 2}]
-    text = FORMS[name] % tuple(map(json.dumps, records))
+    reader, or U+2028 and U+0085, which end a line for str.splitlines; an absent input is not filled in, or unknown
+    keys are lost."""
+    extra = [1, {"k": "é a\nb \u2028 \u2029 \x85 \x0b \x1c 😀"}]
+    records = [{**READERS[read], "extra": extra}, {**READERS[read], "input": "x", "extra": 2}]
+    text = FORMS[name] % tuple(json.dumps(r, ensure_ascii=False) for r in records)
     got = read(put(tmp_path / name, text))
-    assert [r["extra"] for r in got] == [[1, {"k": "é"}], 2] and [r["input"] for r in got] == ["", "x"]
+    assert [r["extra"] for r in got] == [extra, 2] and [r["input"] for r in got] == ["", "x"]
     assert all(r[k] == v for r in got for k, v in READERS[read].items() if k != "input")
     assert read(put(tmp_path / "a.gz", gzip.compress(text.encode()))) == got
-
-
-def test_line_separators_end_no_record(tmp_path):
-    """U+2028 and U+0085, which end a line for str.splitlines, break a record that we wrote ourselves."""
-    records = [{"output": text} for text in ("a\nb", "a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x1cb", "😀", "")]
-    D.write_json_lines(tmp_path / "new" / "a.jsonl", records)
-    assert D.read_json(tmp_path / "new" / "a.jsonl") == records
+    D.write_json_lines(tmp_path / "new" / "a.jsonl", got)
+    assert read(tmp_path / "new" / "a.jsonl") == got
 
 
 @reader
 @pytest.mark.parametrize("content", UNUSABLE)
 def test_unusable_files_are_named(read, content, tmp_path):
     """A traceback from json or pathlib instead of one line with the file's name and the place in it."""
-    path, good, part = tmp_path / "some.json", json.dumps(READERS[read]), UNUSABLE[content]
-    if isinstance(content, str):
-        content = content.replace("GOOD", good)
+    path, part = tmp_path / "some.json", UNUSABLE[content]
     refused(lambda: read(path), path, "no such file")
     refused(lambda: read(put(path, content)), path, part)
-    for packed in (gzip.compress(b"[{}]")[:-6], b"[{}]"):
-        refused(lambda: read(put(tmp_path / "a.gz", packed)), tmp_path / "a.gz", "cannot be read")
+    packed = put(tmp_path / "a.gz", gzip.compress(b"[{}]")[:-6])
+    refused(lambda: read(packed), packed, "cannot be read")
 
 
 @pytest.mark.parametrize("readers, key, value, part", BAD_RECORDS)
@@ -322,28 +280,26 @@ def test_positives_are_sampled_in_proportion_to_negatives():
     records = [{**GOOD, "id": i} for i in range(100)] + [{**BAD, "id": i} for i in range(100, 142)]
     got = D.downsample_positives(records, 0.25)
     assert len(got) == 10 + 42 and got[10:] == records[100:]
-    assert [r["id"] for r in got] == sorted(r["id"] for r in got)
     assert got == D.downsample_positives(records, 0.25) != D.downsample_positives(records, 0.25, seed=1)
     assert D.downsample_positives(records, -1) == records == D.downsample_positives(records, 50)
     assert D.downsample_positives(records, 0) == records[100:]
 
 
 @real
-def test_counts_of_the_published_judgments(capsys):
-    """The filters or the sampling of positives no longer give the published numbers on CUT's first iteration."""
+def test_published_files_are_read_whole(tmp_path, capsys):
+    """A check is stricter than the published data, a filter no longer gives its numbers, or a conversion loses records,
+    so that right answers are joined to the wrong questions."""
+    for name, read, count in [("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8),
+                              ("outputs_baseline", D.read_demonstrations, 252), ("outputs_sft", D.read_outputs, 252)]:
+        assert len(read(REAL / "alpaca_farm" / f"{name}.json")) == count
     path = REAL / "cut" / "train-alpaca-sample-iter1.json"
-    few = D.downsample_positives(D.read_judged(path), 0.25)
+    assert len(D.downsample_positives(D.read_judged(path), 0.25)) == 71 + 287
     assert "287 negatives and 713 positives; of the negatives 47 '$ERROR$' and 17 'perfect'" in capsys.readouterr().out
-    assert len(D.read_judged(path, filter_noise=True)) == 1000 - 47 - 17 and len(few) == 71 + 287
-
-
-@real
-@pytest.mark.parametrize("name, read, count", [
-    ("outputs_pairs", D.read_pairs, 6), ("multisamples_sft", D.read_pairs, 8), ("outputs_sft", D.read_outputs, 252),
-    ("outputs_baseline", D.read_demonstrations, 252), ("eval_gpt-3.5-turbo-0301", D.read_instructions, 805)])
-def test_alpacafarms_files_are_read_as_published(name, read, count):
-    """A check that is stricter than the published data."""
-    assert len(read(REAL / "alpaca_farm" / f"{name}.json")) == count
+    assert len(D.read_judged(path, filter_noise=True)) == 1000 - 47 - 17
+    a, b = (D.read_judged(D.convert("shepherd", REAL / "shepherd" / f"human_data_{name}.jsonl", tmp_path))
+            for name in ("for_model", "raw"))
+    assert len(a) == len(b) == 1317 and all(r["judgment"].strip() for r in a + b)
+    assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
 
 
 def test_ties_and_equal_pairs_are_counted(tmp_path, capsys):
@@ -374,12 +330,9 @@ def test_encode_gives_a_bad_response_two_prompts(words):
     """The judged prompt is missing for a bad response, exists for a good one, or is not the one with the judgment."""
     bad, good, again = encode(words, [{**BAD, "id": "b"}, GOOD, {**GOOD, "id": "b"}], "short", 99)
     assert (bad.id, good.id, again.id) == ("b", "1", "b#2")
-    assert bad.prompt == good.prompt == words.encode_prompt("i\n")
+    assert bad.prompt == good.prompt == words.encode_prompt("i\n") and bad.response == words.encode_response("o")
     assert bad.judged == words.encode_prompt("i\nJudgment: It is wrong.\n") and good.judged is None
-    assert bad.response == words.encode_response("o")
-    assert bad.size() == len(bad.judged) + len(bad.response) and good.size() == len(good.prompt) + len(good.response)
-    hindsight, _ = encode(words, [BAD, GOOD], "short", 99, hindsight=True)
-    assert (hindsight.prompt, hindsight.judged) == (bad.judged, None)
+    assert encode(words, [BAD], "short", 99, hindsight=True)[0][1:] == (bad.judged, bad.response, None)
 
 
 def test_overlong_records_are_left_out_and_counted(words, capsys):
@@ -403,60 +356,41 @@ def test_collate_supervises_the_response_and_eos():
     assert targets.tolist() == [[_, _, 7, 8, 2], [_, 9, 2, _, _], [2, _, _, _, _], [_] * 5]
     assert tokens.tolist() == [[1, 5, 6, 7, 8], [1, 5, 9, 0, 0], [1, 0, 0, 0, 0], [1, 5, 6, 0, 0]]
     assert tokens.dtype == targets.dtype == torch.long
-    assert [t.tolist() for t in collate([([1, 5], [])])] == [[[1]], [[_]]]
     tokens, lengths = D.pad([[1, 5, 6], [1]])
     assert tokens.tolist() == [[1, 5, 6], [1, 0, 0]] and lengths.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("count, size", [(1, 8), (7, 8), (64, 32), (100, 12), (1003, 16), (600, 32), (5, 1)])
+@pytest.mark.parametrize("count, size", [(1, 8), (64, 32), (100, 12), (1003, 16), (5, 1)])
 def test_an_epoch_has_every_example_once(count, size):
-    """Examples are dropped or repeated at a window's or an epoch's end."""
+    """Examples are dropped or repeated at a window's or an epoch's end; a resumed run sees other batches, because the
+    order depends on earlier calls or on a shared generator; or lengths are not sorted (9 % padding becomes 40 %)."""
     lengths = np.random.default_rng(0).integers(5, 90, count)
     batches = Batches(lengths, size, 0)
-    for epoch in range(2):
-        seen = [batches(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]
+    for epoch in (1, 0):
+        np.random.seed(0), random.seed(0), torch.manual_seed(0)
+        steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
+        seen = [batches(step) for step in steps]
         assert [len(b) for b in seen] == [size] * (count // size) + [count % size] * (count % size > 0)
         assert sorted(sum(seen, [])) == list(range(count))
-        assert all(lengths[b].tolist() == sorted(lengths[b], reverse=True) for b in seen)
-
-
-def test_a_batch_is_a_function_of_seed_and_step():
-    """A resumed run sees other batches, because the order depends on earlier calls or on a shared generator."""
-    lengths = np.random.default_rng(0).integers(5, 90, 300)
-    forward = [Batches(lengths, 32, 7)(s) for s in range(30)]               # a fresh object each
-    one = Batches(lengths, 32, 7)
-    np.random.seed(0), random.seed(0), torch.manual_seed(0)
-    assert [one(s) for s in reversed(range(30))] == forward[::-1]
-    assert all(set(a) != set(Batches(lengths, 32, 8)(s)) for s, a in enumerate(forward))
-    assert all(set(a) != set(b) for a, b in zip(forward, forward[10:]))
+        assert seen == [Batches(lengths, size, 0)(step) for step in reversed(steps)][::-1]
+        assert count < 64 or not set(map(frozenset, seen)) & {frozenset(Batches(lengths, size, 8)(s)) for s in steps}
+        padded = sum(len(part) * max(lengths[part]) for b in seen for part in chunks(b, 4))
+        assert size < 16 or lengths.sum() > 0.85 * padded
+    assert count < 64 or set(batches(0)) != set(batches(batches.per_epoch))
 
 
 def test_chunks_share_a_batch_evenly():
     """Micro-batches lose the remainder, change the order, exceed what fits in memory, or leave one row over."""
-    assert chunks([], 4) == [] and chunks(list(range(9)), 4) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    for n in range(1, 40):
+    for n in range(40):
         for size in range(1, 10):
             parts = chunks(list(range(n)), size)
+            sizes = [len(part) for part in parts]
             assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // size)
-            assert max(map(len, parts)) <= size and max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_little_of_a_batch_is_padding_and_lengths_mix(words):
-    """The sorting by length is lost (measured: 0.5, 8.0, 21, 1.0, 8.9 %; unsorted batches 29 to 48 %), or goes so far
-    that a step sees one kind of example only."""
-    records = World(0).demonstrations(1500, D.judge_corrects)
-    lengths = np.array([e.size() for e in encode(words, records, "short", 256, hindsight=True)])
-    for size, micro, bound in [(32, 4, .02), (32, 8, .1), (32, 16, .23), (128, 16, .02), (128, 32, .1)]:
-        batches = Batches(lengths, size, 0)
-        epoch = [batches(s) for s in range(batches.per_epoch)]
-        parts = [lengths[part] for batch in epoch for part in chunks(batch, micro)]
-        padded = sum(len(part) * max(part) for part in parts)
-        assert 1 - lengths.sum() / padded < bound, (size, micro)
-        assert size > 32 or np.mean([lengths[b].std() for b in epoch]) > .7 * lengths.std()
+            assert n == 0 or max(sizes) <= min(size, min(sizes) + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The built-in world
+# The built-in world, and the judge that knows its truth
 
 
 def test_splits_are_disjoint():
@@ -480,8 +414,9 @@ def test_the_world_is_the_published_one():
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "38197595626f3c42"
 
 
-def test_an_instruction_has_one_truth():
-    """Two wordings of a question, or two streams, get different right answers; or other worlds get the same."""
+def test_an_instruction_has_one_truth(words):
+    """Two wordings of a question, or two streams, get different right answers; other worlds get the same; or a value
+    of two tokens turns a fact into spelling, which a model of this size learns badly."""
     world, truths = World(1), {}
     for r in world.instructions("train", 600) + world.instructions("train", 600, "b") + world.instructions("test", 300):
         truth = r["answer"].format(*(world.facts[k].truth for k in r["facts"]))
@@ -491,36 +426,10 @@ def test_an_instruction_has_one_truth():
     for (kind, *numbers), fact in world.facts.items():
         if kind in ("add", "sub"):
             assert int(fact.truth) == (sum(numbers) if kind == "add" else numbers[0] - numbers[1])
-        assert fact.others and len({fact.truth, fact.misconception, *fact.others}) == 2 + len(set(fact.others))
+        values = {fact.truth, fact.misconception, *fact.others}
+        assert fact.others and len(values) == 2 + len(set(fact.others))
+        assert all(len(words.encode_response(f"is {value}.")) == 4 for value in values)
     assert any(World(2).facts[k].truth != f.truth for k, f in world.facts.items() if k[0] == "home")
-
-
-def test_demonstrators_are_as_careless_as_described():
-    """An agreed fact is told wrong, or truth, misconception and other errors are mixed 25/50/25 no longer."""
-    world, rng, told = World(0), random.Random(0), collections.Counter()
-    for r in world.instructions("train", 1000) * 3:
-        blank = {**r, "answer": " ".join("{}" for _ in r["facts"])}
-        for key, value in zip(r["facts"], world.demonstrate(blank, rng).split()):
-            fact = world.facts[key]
-            told[fact.agreed, [fact.truth, fact.misconception, value].index(value)] += 1
-    disputed = np.array([told[False, i] for i in range(3)])
-    assert told[True, 0] > 1000 and told[True, 1] == told[True, 2] == 0
-    assert np.abs(disputed / disputed.sum() - (.25, .5, .25)).max() < .04
-    assert .5 < np.mean([fact.agreed for fact in world.facts.values()]) < .7
-
-
-def test_corruption_changes_one_to_three_places():
-    """A corrupted copy equals the original, is so different that its judgment cannot be followed, or changes the verb
-    in "The past tense of go is went", which is no fact of the answer."""
-    world, rng, lengths = World(0), random.Random(0), collections.Counter()
-    for r in world.instructions("train", 1500):
-        told = world.demonstrate(r, rng)
-        a, b = units(told), units(world.corrupt(r, told, rng))
-        lengths[len(b) - len(a)] += 1
-        if len(a) == len(b):
-            changed = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
-            assert 1 <= len(changed) <= 3 and (r["facts"][0][0] != "past" or changed == [len(a) - 2])
-    assert set(lengths) == {-1, 0, 1} and 1350 < lengths[0] < 1480
 
 
 @pytest.mark.parametrize("style", JUDGES)
@@ -540,22 +449,12 @@ def test_judged_demonstrations_leak_no_truth(style):
     assert not facts_of and .07 < right / 1000 < .13
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge that knows the world's truth
-
-TRUE = "The cat lives in the den, eats fish and is red."
 # response, reference, its differences, number of errors, wrong words, what `corrects` and what `points` says
 CASES = {
-    "replaced": (
-        "The answer is 13.", "The answer is 12.", [(3, 4, ["12"])], 1, {3},
-        "It says The answer is 13 where it should say 12.", "It says The answer is 13 and 13 is wrong."),
     "one for two": (
         "The cat eats old moss.", "The cat eats fish.", [(3, 5, ["fish"])], 2, {3, 4},
         "It says The cat eats old moss where it should say fish.",
         "It says The cat eats old moss and old moss is wrong."),
-    "missing at the start": (
-        "answer is 12.", "The answer is 12.", [(0, 0, ["The"])], 1, {0},
-        "It leaves out The before answer is 12.", "Something is missing before answer is 12."),
     "missing after a clause": (
         "The cat eats fish and in the den.", "The cat eats fish and lives in the den.", [(5, 5, ["lives"])], 1, {5},
         "It leaves out lives before in the den.", "Something is missing before in the den."),
@@ -563,7 +462,7 @@ CASES = {
         "The cat eats fish, is red.", "The cat eats fish and is red.", [(4, 5, ["and"])], 1, {4},
         "It says The cat eats fish, where it should say and.", "It says The cat eats fish, and , is wrong."),
     "of each kind": (
-        "The cat big lives in den, eats moss and is red.", TRUE,
+        "The cat big lives in den, eats moss and is red.", "The cat lives in the den, eats fish and is red.",
         [(2, 3, []), (5, 5, ["the"]), (8, 9, ["fish"])], 3, {2, 5, 8},
         "It says The cat big and big does not belong. It leaves out the after cat big lives in. "
         "It says eats moss where it should say fish.",
@@ -599,25 +498,21 @@ def test_the_judge_on_cases_by_hand(name):
     assert corrected(response, reference) == reference
 
 
-def test_nothing_is_said_of_a_right_answer(distortions):
-    """A right answer becomes a negative example, or a wrong one a positive."""
+def test_judgments_of_distorted_answers(distortions):
+    """A right answer becomes a negative example, or a wrong one a positive; or the judge that only points states a
+    right word, so that its judgments could be copied from."""
+    ours, told = set(units("It says and is wrong . Something is missing after before does not belong")), 0
     assert {response == reference for response, reference in distortions} == {True, False}
     for response, reference in distortions:
+        said = {style: judge(response, reference) for style, judge in JUDGES.items()}
         right = response == reference
-        assert all((judge(response, reference) is None) == right for judge in JUDGES.values())
+        assert (said["corrects"] is None) == (said["points"] is None) == right
         assert (D.count_errors(response, reference) == 0) == right == (not D.wrong_words(response, reference))
-    assert judge_reference("The  answer is 12 .", "The answer is 12.") is None          # spaces are no words
-
-
-def test_points_never_tells(distortions):
-    """The judge that only points states a right word, so that its judgments could be copied from."""
-    ours = set(units("It says and is wrong . Something is missing after before does not belong"))
-    told = 0
-    for response, reference in [*distortions, *(case[:2] for case in CASES.values())]:
         secret = set(units(reference)) - set(units(response)) - ours
-        assert not secret & set(units(judge_reference(response, reference, "points") or ""))
-        told += len(secret & set(units(judge_reference(response, reference) or "")))
+        assert not secret & set(units(said["points"] or ""))
+        told += len(secret & set(units(said["corrects"] or "")))
     assert told > 100                                                       # `corrects` does tell: the test can see it
+    assert judge_reference("The  answer is 12 .", "The answer is 12.") is None          # spaces are no words
 
 
 def test_at_most_three_faults_are_listed_and_mended(distortions):
@@ -640,8 +535,6 @@ def test_at_most_three_faults_are_listed_and_mended(distortions):
 class FileServer(http.server.BaseHTTPRequestHandler):
     """Serves `content` from where Range begins. `plan` says what is wrong with the next answers: "cut" sends half of
     the body, "all" ignores Range, "all cut" both, "503" is an error."""
-    content, plan, asked, etag = b"", [], [], ""
-
     def do_GET(self):
         act = self.plan.pop(0) if self.plan else ""
         self.asked.append(int(self.headers["Range"][len("bytes="):-1]))
@@ -661,10 +554,8 @@ class FileServer(http.server.BaseHTTPRequestHandler):
 def server():
     FileServer.content, FileServer.plan, FileServer.asked, FileServer.etag = b"0123456789" * 50_000, [], [], ""
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FileServer)
-    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/"
-    httpd.shutdown()
-    httpd.server_close()
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{httpd.server_port}/"
 
 
 @pytest.mark.parametrize("plan, requests", [([], 1), (["503"], 2), (["cut", "cut"], 3), (["all cut", "all"], 2),
@@ -684,20 +575,18 @@ def test_a_download_goes_on_where_it_was_cut_off(plan, requests, server, tmp_pat
 
 
 @pytest.mark.parametrize("given, stated", [("00", ""), ("", "0" * 64)])
-def test_a_damaged_download_is_refused(given, stated, server, tmp_path):
-    """A file with other bytes than published must not be used, nor lie there for the next run to find."""
-    FileServer.etag = stated
-    refused(lambda: D.download(server, tmp_path / "file.json", given), server, "SHA-256 is", "expected 00")
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_network_is_one_line_with_the_remedy(server, tmp_path, monkeypatch):
-    """A traceback of five layers of libraries, or endless tries."""
+def test_failed_downloads(given, stated, server, tmp_path, monkeypatch):
+    """A file with other bytes than published is used, or lies there for the next run to find; without a network there
+    is a traceback of five layers of libraries, or endless tries."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    remedy = f"put it at {tmp_path / 'x.json'}, and run this again"
-    refused(lambda: D.download("http://127.0.0.1:9/x.json", tmp_path / "x.json"), "http://127.0.0.1:9/x.json", remedy)
-    FileServer.plan = ["503"] * 20
-    refused(lambda: D.download(server, tmp_path / "x.json"), server, "503", remedy)
+    path, nowhere = tmp_path / "x.json", "http://127.0.0.1:9/x.json"
+    FileServer.etag = stated
+    refused(lambda: D.download(server, path, given), server, "SHA-256 is", "expected 00")
+    assert not list(tmp_path.iterdir())
+    remedy = f"put it at {path}, and run this again"
+    refused(lambda: D.download(nowhere, path), nowhere, remedy)
+    FileServer.plan, FileServer.asked = ["503"] * 20, []
+    refused(lambda: D.download(server, path), server, "503", remedy)
     assert 2 < len(FileServer.asked) < 10
 
 
@@ -728,15 +617,6 @@ def test_shepherds_layouts(server, tmp_path, monkeypatch):
         refused(lambda: D.main([*names, "--file", "x.jsonl"]), "--file", "shepherd")
 
 
-@real
-def test_shepherds_two_files_line_up(tmp_path):
-    """One of the two published files loses records, so that right answers are joined to the wrong questions."""
-    files = [REAL / "shepherd" / name for name in ("human_data_for_model.jsonl", "human_data_raw.jsonl")]
-    a, b = (D.read_judged(D.convert("shepherd", path, tmp_path)) for path in files)
-    assert len(a) == len(b) == 1317 and all(r["judgment"].strip() for r in a + b)
-    assert all((x["instruction"], x["output"]) == (y["instruction"], y["output"]) for x, y in zip(a, b))
-
-
 def test_critiques_become_judged_responses(tmp_path, capsys):
     """The best-ranked answer with all its critiques; no critique is good; empty or unrefined ones are counted."""
     def question(text, *answers, rankings=(1,)):
@@ -755,5 +635,3 @@ def test_critiques_become_judged_responses(tmp_path, capsys):
     assert [(r["instruction"], r["output"], r["judgment"], r["reference"]) for r in records] == [
         ("P\nQ1", "better", "c1 c2", "r2"), ("P\nQ2", "good", None, None)]
     assert records[0]["id"] == "a-1-Q1" and "left out 3" in capsys.readouterr().out
-    put(path, gzip.compress(json.dumps({"data": {"questions": [{}], "passage": {"text": ""}}}).encode()))
-    refused(lambda: D.convert("critiques", path, tmp_path), path, "record 0 is not in the layout of critiques")
