@@ -1,7 +1,4 @@
-"""model.py: parity with transformers and PEFT, files on disk, sampling against a naive loop, LoRA, schedules.
-
-Execution flags, memory and processes are in test_size.py, resuming in test_train.py.
-"""
+"""model.py: parity with transformers and PEFT, files on disk, sampling against a naive loop, LoRA, schedules."""
 import json
 import os
 from pathlib import Path
@@ -10,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-import losses  # noqa: E402
-import model as M  # noqa: E402
-from data import IGNORE, InputError, atomic_write, write_json  # noqa: E402
-from model import (ATTENTION_MODULES, MLP_MODULES, Config, LLaMA, RewardModel, add_lora, generate,  # noqa: E402
-                   load_adapter, lora_disabled, lora_layers, merge_lora, sample_token, save_adapter)
+import losses
+import model as M
+from data import IGNORE, InputError, atomic_write, write_json
+from model import (ATTENTION_MODULES, MLP_MODULES, Config, LLaMA, RewardModel, add_lora, generate, load_adapter,
+                   lora_disabled, lora_layers, merge_lora, sample_token, save_adapter)
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -84,7 +80,8 @@ def same_gradients(a, b, network, tolerance):
     (2e6, dict(hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=2))])
 @torch.no_grad()
 def test_logits_are_transformers_both_ways(hf, tmp_path, theta, changes):
-    """Another rotary order or base, head layout, norm or tying than the checkpoint's; a tensor lost between shards."""
+    """Another rotary order or base, head layout, norm, tying or dtype than the checkpoint's; a tensor lost between
+    shards."""
     tokens, tied = draw_ids(3, 40), "tie_word_embeddings" in changes
     theirs = hf_model(hf, theta=theta, **changes)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="8KB")
@@ -94,23 +91,14 @@ def test_logits_are_transformers_both_ways(hf, tmp_path, theta, changes):
     assert expected.std() > .1
     close(mine(tokens), expected)
 
-    mine = ours(torch.float32, seed=5, rope_theta=theta, **changes)
-    mine.save_pretrained(tmp_path / "ours")
-    same_weights(mine, LLaMA.from_pretrained(tmp_path / "ours"))
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for dtype in (torch.bfloat16, torch.float32):
+        mine = ours(dtype, seed=5, rope_theta=theta, **changes)
+        mine.save_pretrained(tmp_path / "ours")
+        theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+        for loaded in (theirs, LLaMA.from_pretrained(tmp_path / "ours", dtype)):
+            same_weights(mine, loaded)
+            assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     close(theirs(tokens).logits, mine(tokens))
-    for loaded in (theirs, LLaMA.from_pretrained(tmp_path / "ours")):
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-
-
-def test_a_bf16_checkpoint_keeps_its_dtype(hf, tmp_path):
-    """torch_dtype that does not say what the file holds, or weights that pass through another dtype."""
-    mine = ours(torch.bfloat16)
-    mine.save_pretrained(tmp_path)
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert theirs.dtype == torch.bfloat16
-    same_weights(mine, theirs)
-    same_weights(mine, LLaMA.from_pretrained(tmp_path, dtype=torch.bfloat16))
 
 
 def hf_greedy(theirs, prompt, count, eos=None):
@@ -203,17 +191,14 @@ def test_a_complete_config_is_read_as_it_is(hf, tmp_path, capsys):
     ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}),
     ("rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": .5}}),
     ("rope_scaling.rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
     ("hidden_act", {"hidden_act": "gelu"}),
     ("attention_bias", {"attention_bias": True}),
-    ("mlp_bias", {"mlp_bias": True}),
     ("model_type", {"model_type": "mistral"}),
     ("num_key_value_heads", {"num_key_value_heads": 4}),
     ("head_dim", {"head_dim": 3}),
     ("not a LLaMA's configuration", {"num_attention_heads": 0}),
     ("vocab_size", {"vocab_size": "61"}),
-    ("hidden_size", {"hidden_size": ...}),
-    ("model_type", {"model_type": ...})])
+    ("hidden_size", {"hidden_size": ...})])
 def test_a_config_of_another_function_is_refused(tmp_path, key, change):
     """A checkpoint that computes something else than it was trained for, or a traceback where one line would do."""
     ours().save_pretrained(tmp_path)
@@ -258,28 +243,6 @@ def test_training_never_writes_into_the_checkpoint(tmp_path):
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
 
 
-def save_bin(directory, state, shards=1):
-    """Writes weights as a checkpoint of 2023: pytorch_model.bin, with buffers, whole or in shards."""
-    ours().save_pretrained(directory)
-    (directory / "model.safetensors").unlink()
-    state = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
-    names = list(state)
-    shard_of = {}
-    for i in range(shards):
-        shard = "pytorch_model.bin" if shards == 1 else f"shard-{i}.bin"
-        shard_of.update(dict.fromkeys(names[i::shards], shard))
-        torch.save({name: state[name] for name in names[i::shards]}, directory / shard)
-    write_json(directory / "pytorch_model.bin.index.json", {"weight_map": shard_of})
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_pickled_weights_are_read(tmp_path, shards):
-    """Older checkpoints, with their inv_freq buffers, that no longer load."""
-    mine = ours(torch.float32, seed=1)
-    save_bin(tmp_path, mine.state_dict(), shards)
-    same_weights(mine, LLaMA.from_pretrained(tmp_path))
-
-
 class Code:
     """Unpickling it makes a directory."""
 
@@ -290,10 +253,22 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-def test_pickled_code_is_refused(tmp_path):
-    """A checkpoint that runs a stranger's code when it is opened."""
-    save_bin(tmp_path, {**ours().state_dict(), "evil": Code(tmp_path / "ran")})
-    with pytest.raises(InputError, match="pytorch_model.bin: cannot be read as plain weights"):
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_are_read_and_code_is_refused(tmp_path, shards):
+    """Checkpoints of 2023 with their inv_freq buffers that no longer load, or a stranger's code that runs."""
+    mine = ours(torch.float32, seed=1)
+    mine.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {**mine.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    names, shard_of = list(state), {}
+    for i in range(shards):
+        shard = "pytorch_model.bin" if shards == 1 else f"shard-{i}.bin"
+        shard_of.update(dict.fromkeys(names[i::shards], shard))
+        torch.save({name: state[name] for name in names[i::shards]}, tmp_path / shard)
+    write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": shard_of})
+    same_weights(mine, LLaMA.from_pretrained(tmp_path))
+    torch.save({**state, "evil": Code(tmp_path / "ran")}, tmp_path / shard)
+    with pytest.raises(InputError, match=f"{shard}: cannot be read as plain weights"):
         LLaMA.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -356,27 +331,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 # Training's forward pass
 
 
-@torch.no_grad()
-def test_padding_changes_nothing():
-    """Padding or a neighbour that reaches the real tokens through attention or positions."""
-    mine, tokens = ours(), draw_ids(1, 9)
-    rows = [torch.cat([tokens, padding], dim=1) for padding in (torch.zeros(1, 5, dtype=torch.long), draw_ids(1, 5))]
-    batch = torch.cat([*rows, draw_ids(1, 14, seed=2)])
-    for logits in mine(batch)[:2]:
-        close(logits[:9], mine(tokens)[0], 1e-12)
-
-
-def test_targets_give_the_logp_of_the_logits():
-    """Targets in another order than the logits', or shifted by one."""
-    mine, tokens, targets = ours(), draw_ids(3, 11), draw_ids(3, 11, seed=1)
-    targets[torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < .5] = IGNORE
-    counts = targets != IGNORE
-    expected = losses.plain_logp(mine(tokens)[counts], targets[counts])
-    logp = mine(tokens, targets)
-    close(logp, expected, 1e-12)
-    same_gradients(logp.square().sum(), expected.square().sum(), mine, 1e-9)
-
-
 def rows_of(prompts, answers, width):
     """Right-padded tokens and targets (B, width): each token of an answer is the target of the token before it."""
     tokens = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -416,6 +370,7 @@ def test_cut_in_one_forward_is_cut_of_single_sequences(width):
     close(loss, expected, 1e-11)
     same_gradients(loss, expected, mine, 1e-10)
     loss, logp = mine(tokens[1], targets[1], losses.nll_token_loss)        # a tensor in place of a list: one pass
+    close(mine(tokens[1], targets[1]), alone[1], 1e-11)
     assert logp.shape == (1, 6)
     close(loss, -alone[1].sum(), 1e-11)
 
@@ -484,33 +439,6 @@ def test_generate_stops(talker):
         generate(talker, [[1], []], 5, EOS, rows=[3, 4])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("first", [1, 5, 11])
-def test_prefill_and_decode_by_hand_are_generate(talker, first):
-    """A cache that cannot be gone on with: decoding in two pieces, as a search over partial responses does."""
-    n, steps = 2, 12
-    u = [np.random.default_rng([1, row]).random(steps) for row in range(n * len(PROMPTS))]
-    u = torch.from_numpy(np.stack(u))
-
-    def choose(logits, u):
-        return sample_token(logits, u, temperature=1.0)
-
-    cache, hidden = M.prefill(talker, PROMPTS, steps, n)
-    samples = M.decode(talker, cache, hidden, u[:, :first], EOS, choose)
-    last = torch.tensor([ids[-1] for ids in samples])
-    cache.select((last[cache.rows] != EOS).nonzero().squeeze(1))           # finished rows that are still there
-    left = cache.rows
-    assert (first > 1) == (len(left) < len(samples))
-    cache.begin(1)                                                         # the last token is not in the cache yet
-    hidden = talker.model(last[left].unsqueeze(1), cache)[:, -1]
-    cache.lengths += 1
-    ended = M.decode(talker, cache, hidden, u[left, first:], EOS, choose)
-    for row, ids in zip(left, ended):
-        samples[row] += ids
-    expected = generate(talker, PROMPTS, steps, EOS, n=n, seed=1)
-    assert [samples[i:i + n] for i in range(0, len(samples), n)] == expected
-
-
 def frequencies(p, temperature=1.0, count=20000, **kwargs):
     """How often sample_token picks each token over an even grid of uniform numbers."""
     logits = torch.tensor(p, dtype=F64).log()
@@ -571,15 +499,12 @@ def adapted(modules=MLP_MODULES, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("layers, D, ffn, heads, millions", [(32, 4096, 11008, 32, 23.2), (40, 5120, 13824, 40, 36.4)])
-def test_trainable_parameters_of_llama_2(layers, D, ffn, heads, millions):
+def test_trainable_parameters_of_llama_2_7b():
     """Adapters on other matrices than CUT's, or a base that is not frozen."""
-    config = Config(vocab_size=32000, hidden_size=D, intermediate_size=ffn, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=heads, head_dim=128)
     with torch.device("meta"):
-        model = LLaMA(config)
-        count = add_lora(model)
-    assert round(count / 1e6, 1) == millions
+        model = LLaMA(Config(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                             num_attention_heads=32, num_key_value_heads=32, head_dim=128))
+        assert round(add_lora(model) / 1e6, 1) == 23.2
     assert {name.split(".")[-3] for name in M.trained_weights(model)} == set(MLP_MODULES)
 
 
@@ -612,22 +537,11 @@ def test_only_adapters_get_gradients_and_stay_in_fp32(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("modules", [MLP_MODULES, MLP_MODULES + ATTENTION_MODULES])
-def test_a_merged_adapter_is_a_plain_model(modules):
-    """The scale forgotten or applied twice when the adapter is added to its matrix."""
-    model, tokens = adapted(modules), draw_ids(2, 9)
-    logits = model(tokens)
-    merge_lora(model)
-    assert set(model.state_dict()) == set(ours().state_dict())
-    assert all(p.requires_grad for p in model.parameters())
-    close(model(tokens), logits, 1e-5)
-
-
-@torch.no_grad()
 def test_adapters_are_pefts_both_ways(hf, tmp_path):
-    """An adapter that PEFT opens but computes differently, or the reverse."""
+    """An adapter that PEFT opens but computes differently, or the reverse; a merge with the scale forgotten or applied
+    twice, or that leaves another model than a plain one."""
     peft = pytest.importorskip("peft")
-    model, tokens = adapted(MLP_MODULES + ("q_proj",)), draw_ids(2, 9)
+    model, tokens = adapted(MLP_MODULES + ATTENTION_MODULES), draw_ids(2, 9)
     ours(torch.float32).save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "ours", tmp_path / "base")
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -637,7 +551,9 @@ def test_adapters_are_pefts_both_ways(hf, tmp_path):
     again = LLaMA.from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "theirs")
     close(again(tokens), model(tokens), 1e-6)
-    close(theirs.merge_and_unload()(tokens).logits, merge_lora(model)(tokens))
+    merge_lora(again)
+    close(again(tokens), model(tokens), 1e-5)
+    assert set(again.state_dict()) == set(ours().state_dict()) and all(p.requires_grad for p in again.parameters())
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -657,27 +573,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(ours(), tmp_path / "nowhere")
 
 
-@torch.no_grad()
-def test_models_on_one_backbone_leave_each_other_unchanged():
-    """A backbone that is copied; adapters of one model that show in another; a merge into the shared weights."""
-    policy = ours(torch.float32)
-    reward = RewardModel.from_backbone(policy)
-    for a, b in zip(policy.model.parameters(), reward.model.parameters(), strict=True):
-        assert a.data_ptr() == b.data_ptr()
-    tokens, lengths = draw_ids(2, 9), torch.tensor([9, 4])
-    logits, rewards = policy(tokens), reward(tokens, lengths)
-
-    add_lora(reward, 2, 16)
-    assert reward.score.weight.requires_grad
-    for layer in lora_layers(reward).values():
-        torch.nn.init.normal_(layer.lora_B.weight)
-    moved = reward(tokens, lengths)
-    assert not torch.allclose(moved, rewards) and torch.equal(policy(tokens), logits)
-    merge_lora(reward)
-    close(reward(tokens, lengths), moved, 1e-5)
-    assert torch.equal(policy(tokens), logits)
-
-
 def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
     """Rewards in bf16, in which close responses tie, or a head that is rounded when it is loaded."""
     reward = RewardModel.from_backbone(ours(torch.bfloat16))
@@ -690,7 +585,7 @@ def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
 # Optimizer and learning rate
 
 
-@pytest.mark.parametrize("warmup, steps", [(10, 100), (1, 50), (0, 20), (3, 24)])
+@pytest.mark.parametrize("warmup, steps", [(1, 50), (0, 21), (3, 24)])
 def test_cosine_schedule(warmup, steps):
     """A first step that is wasted at 0, a peak that is never reached, or an end too early, too late or at 0."""
     lr = [M.lr_at(step, 3e-4, warmup, steps) for step in range(steps)]
@@ -698,6 +593,4 @@ def test_cosine_schedule(warmup, steps):
     assert lr[0] == pytest.approx(3e-4 / max(1, warmup))
     assert max(lr) == pytest.approx(3e-4) and lr[-1] == pytest.approx(1.5e-5)
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    middle = (warmup + steps - 1) / 2
-    if middle == int(middle):
-        assert lr[int(middle)] == pytest.approx(.525 * 3e-4)
+    assert lr[(warmup + steps - 1) // 2] == pytest.approx(.525 * 3e-4)      # half way down to 5 %

@@ -594,8 +594,8 @@ def asked_with(directory, small, monkeypatch):
 
 
 def test_the_four_models_of_ppo_share_one_backbone(small):
-    """A second copy of a 7B backbone, a base that is trained, a reference that is not the base, or adapters of one
-    model that act in another."""
+    """A second copy of a 7B backbone, a base that is trained, a reference that is not the base, adapters of one model
+    that act in another, or a merge into the shared weights."""
     args, models, task = load(small, "ppo", "none", "--lora-rank", 4)
     three = (models.policy, models.reward, models.trained.critic)
     assert models.reference is None
@@ -613,6 +613,9 @@ def test_the_four_models_of_ppo_share_one_backbone(small):
         near(r.ref_logp, plain_logp(start, r.prompt, r.response, .7), 1e-10)
         near(r.score, plain_score(reward, r.prompt, r.response), 1e-5)
         assert (r.logp - r.ref_logp).abs().max() > 1e-3 and (r.values == 0).all()         # the critic's head is 0
+    model.merge_lora(models.reward)
+    near(plain_score(models.reward, r.prompt, r.response), r.score)
+    near(plain_logp(models.policy, r.prompt, r.response, .7), r.logp, 1e-10)
 
 
 def test_a_reward_model_without_adapters_is_held_beside_the_policy(small, tmp_path, capsys):
