@@ -289,22 +289,20 @@ def script(argv, **more):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_kill_9_at_any_moment_and_ctrl_c(job, tmp_path):
-    """Twenty kills of one run that saves after every step, each second one in the middle of a save, then Ctrl-C: it has
-    to go on each time and to end at the weights of an undisturbed run, bit for bit."""
+def test_kill_9_at_any_moment(job, tmp_path):
+    """Twenty kills of one run that saves after every step, each second one in the middle of a save: it has to go
+    on each time and to end at the weights of an undisturbed run, bit for bit."""
     whole, parts, random_numbers = tmp_path / "whole", tmp_path / "parts", random.Random(0)
     argv = job("cut", parts, "--save-every", 1, "--steps", 400)
     finish(script([*argv, "--out", str(whole)]))
     reached, torn_saves = [0], 0
-    for kill in range(21):
+    for kill in range(20):
         resume = ["--resume"] if kill else []
         run = script([*argv, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         log = parts / "metrics.jsonl"
         while not log.is_file() or log.read_text().count("\n") <= reached[-1] + 2:
             assert run.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
-        if kill == 20:
-            break
         time.sleep(random_numbers.random() * 0.2)
         while kill % 2 and run.poll() is None and not list(parts.glob("resume.pt.tmp-*")):
             pass
@@ -312,13 +310,10 @@ def test_kill_9_at_any_moment_and_ctrl_c(job, tmp_path):
         run.communicate(timeout=60)
         torn_saves += bool(list(parts.glob("resume.pt.tmp-*")))
         reached.append(torch.load(parts / "resume.pt", weights_only=True)["state"]["step"])
-    run.send_signal(signal.SIGINT)
-    assert "stopped: go on with --resume" in run.communicate(timeout=60)[0] and run.returncode == 130
-    assert distance(parts, whole) > 0, "a model that opens"
     finish(script([*argv, "--resume"]))
     print(f"20 kills, {torn_saves} of them in the middle of a save, after steps {reached[1:]}")
     assert torn_saves > 3 and reached == sorted(reached) and not list(parts.glob("*.tmp-*"))
-    assert metrics(parts) == metrics(whole) and distance(parts, whole) == 0
+    assert_equal_runs(whole, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,10 +420,9 @@ def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, small_world):
     assert train_cut.main([*argv, "--resume"]) == 0
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"sft", "rounds", "seconds", "peak_memory_bytes"} and len(results["rounds"]) == 2
-    fractions = {"exact_match", "win_rate", "precision", "recall", "flagged"}
     for found in results["rounds"]:
-        assert set(found) == fractions | {"errors", "win_rate_se", "seconds"}
-        assert all(0 <= found[key] <= 1 for key in fractions)
+        assert set(found) == {"exact_match", "win_rate", "precision", "recall", "flagged", "errors", "win_rate_se",
+                              "seconds"}
     printed = capsys.readouterr().out
     assert "win rate vs SFT" in printed and "in brackets, the tokens" in printed
     assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
@@ -566,17 +560,12 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(job, tmp_path, monkey
 
 def test_the_largest_micro_batch_is_that_of_the_data(job, base):
     """An estimate of other shapes than training will make: a pass forgotten, or good responses counted once."""
-    records = data.read_judged(job("cut", "")[3])
-    examples = data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256)
-    args, sizes = train_cut.parse([]), []
-    for e in examples:
-        if e.judged:
-            tokens, *_ = train_cut.judged_batch([(e, 1.0)] * 3, None, args, "cpu")
-        else:
-            tokens = [train_cut.good_batch([(e, 1.0)] * 6, args, "cpu")[0]]
-        sizes.append(sum(t.numel() for t in tokens))
-        assert sizes[-1] <= train_cut.largest_micro_batch([e], 3, 256) <= sizes[-1] + 6
-    assert max(sizes) <= train_cut.largest_micro_batch(examples, 3, 256) <= max(sizes) + 6
+    records, args = data.read_judged(job("cut", "")[3]), train_cut.parse([])
+    for e in data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256):
+        batch, rows = (train_cut.judged_batch, 3) if e.judged else (train_cut.good_batch, 6)
+        tokens = batch([(e, 1.0)] * rows, *[None] * bool(e.judged), args, "cpu")[0]
+        size = sum(t.numel() for t in tokens)
+        assert size <= train_cut.largest_micro_batch([e], 3, 256) <= size + 6
 
 
 LOAD = """
