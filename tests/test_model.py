@@ -9,7 +9,7 @@ import torch
 
 import losses
 import model as M
-from data import IGNORE, InputError, atomic_write, write_json
+from data import InputError, atomic_write, write_json
 from model import (ATTENTION_MODULES, MLP_MODULES, Config, LLaMA, RewardModel, add_lora, generate, load_adapter,
                    lora_disabled, lora_layers, merge_lora, sample_token, save_adapter)
 
@@ -63,12 +63,6 @@ def same_weights(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def same_gradients(a, b, network, tolerance):
-    parameters = list(network.parameters())
-    for x, y in zip(torch.autograd.grad(a, parameters), torch.autograd.grad(b, parameters)):
-        close(x, y, tolerance)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Parity with transformers
 
@@ -101,24 +95,19 @@ def test_logits_are_transformers_both_ways(hf, tmp_path, theta, changes):
     close(theirs(tokens).logits, mine(tokens))
 
 
-def hf_greedy(theirs, prompt, count, eos=None):
-    mask = torch.ones(1, len(prompt), dtype=torch.long)
-    out = theirs.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=count, do_sample=False,
-                          eos_token_id=eos, pad_token_id=0)
-    return out[0, len(prompt):].tolist()
-
-
 def test_greedy_generation_is_transformers(hf, tmp_path):
     """A cache, a position (past 1,024 too) or an end of text handled otherwise than by transformers."""
     theirs = hf_model(hf)
     theirs.save_pretrained(tmp_path)
     mine = LLaMA.from_pretrained(tmp_path)
     for seed, length in enumerate((1, 7, 1100)):
-        prompt = draw_ids(length, seed=seed).tolist()
-        expected = hf_greedy(theirs, prompt, 20)
-        assert generate(mine, [prompt], 20, -1, temperature=0) == [[expected]]
-        eos = expected[5]
-        assert generate(mine, [prompt], 20, eos, temperature=0) == [[hf_greedy(theirs, prompt, 20, eos)]]
+        prompt, eos = draw_ids(1, length, seed=seed), None
+        for _ in range(2):                                                 # without EOS, and with a token of the first
+            ids = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+                                  eos_token_id=eos, pad_token_id=0)
+            expected = ids[0, length:].tolist()
+            assert generate(mine, prompt.tolist(), 20, -1 if eos is None else eos, temperature=0) == [[expected]]
+            eos = expected[len(expected) // 3]
 
 
 @torch.no_grad()
@@ -142,7 +131,7 @@ def test_the_reward_model_is_transformers_both_ways(hf, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# config.json
+# Checkpoints
 
 
 def edit_config(directory, changes):
@@ -203,10 +192,6 @@ def test_a_config_of_another_function_is_refused(tmp_path, key, change):
     edit_config(tmp_path, change)
     with pytest.raises(InputError, match=f"config.json.*{key}"):
         LLaMA.from_pretrained(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights on disk
 
 
 def test_safetensors_both_ways(tmp_path):
@@ -294,8 +279,6 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
 
     path.unlink()
     refused("neither model.safetensors nor pytorch_model.bin")
-    index.write_text("{}")
-    refused("index.json: no 'weight_map'")
     write_json(index, {"weight_map": {**dict.fromkeys(others, "a"), name: "b"}})
     M.write_safetensors(tmp_path / "a", others)
     refused("names b, which is not there")
@@ -310,61 +293,11 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     """A crash in the middle of a save that destroys the previous checkpoint, or leaves its half beside it."""
     write_json(tmp_path / "a", {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a", {"new": object()})
     with pytest.raises(RuntimeError), atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert json.loads((tmp_path / "a").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training's forward pass
-
-
-def rows_of(prompts, answers, width):
-    """Right-padded tokens and targets (B, width): each token of an answer is the target of the token before it."""
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    targets = torch.full_like(tokens, IGNORE)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        end = len(prompt + answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        targets[row, len(prompt) - 1:end - 1] = torch.tensor(answer)
-    return tokens, targets
-
-
-@pytest.mark.parametrize("width", [10, 15])
-def test_cut_in_one_forward_is_cut_of_single_sequences(width):
-    """Passes mixed up or paired by position: the loss must see neither padding nor the length of the judgment."""
-    mine = ours(std=.15)
-    plain, judgments, answers = [[1, 5], [1, 6, 7]], [[8, 9, 10, 11], [12]], [[20, 21, 22, 2], [23, 2]]
-    judged = [prompt + judgment for prompt, judgment in zip(plain, judgments)]
-    passes = rows_of(judged, answers, width), rows_of(plain, answers, 6)
-    tokens, targets = zip(*passes)
-    weight = torch.tensor([1 / 8] * 4 + [1 / 4] * 2, dtype=F64)            # mean over tokens, then over 2 examples
-
-    def token_loss(logp, weight):
-        flagged = losses.detect(logp[0], logp[1], 1.1)
-        return weight * losses.cut_token_loss(logp[0], logp[1], flagged, .5, 1.0)
-
-    loss, logp = mine(tokens, targets, token_loss, (weight,))
-    alone = []
-    for prompts in (judged, plain):
-        for prompt, answer in zip(prompts, answers):
-            logits = mine(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
-            alone.append(losses.plain_logp(logits, torch.tensor(answer)))
-    alone = torch.cat(alone).view(2, 6)
-    close(logp, alone.detach(), 1e-11)
-    close(mine(tokens, targets), alone, 1e-11)
-    assert 0 < losses.detect(*alone, 1.1).sum() < 6
-    expected = losses.cut_loss(*alone, torch.tensor([4, 2]), alpha=.5, gamma=1.0)
-    close(loss, expected, 1e-11)
-    same_gradients(loss, expected, mine, 1e-10)
-    loss, logp = mine(tokens[1], targets[1], losses.nll_token_loss)        # a tensor in place of a list: one pass
-    close(mine(tokens[1], targets[1]), alone[1], 1e-11)
-    assert logp.shape == (1, 6)
-    close(loss, -alone[1].sum(), 1e-11)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,7 +411,7 @@ def test_a_token_of_probability_0_is_never_sampled(kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# LoRA
+# LoRA and schedule
 
 
 def adapted(modules=MLP_MODULES, dtype=torch.float32):
@@ -489,15 +422,6 @@ def adapted(modules=MLP_MODULES, dtype=torch.float32):
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=.1)
     return model
-
-
-def test_trainable_parameters_of_llama_2_7b():
-    """Adapters on other matrices than CUT's, or a base that is not frozen."""
-    with torch.device("meta"):
-        model = LLaMA(Config(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                             num_attention_heads=32, num_key_value_heads=32, head_dim=128))
-        assert round(add_lora(model) / 1e6, 1) == 23.2
-    assert {name.split(".")[-3] for name in M.trained_weights(model)} == set(MLP_MODULES)
 
 
 @torch.no_grad()
@@ -558,8 +482,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     write_json(path, {**config, "use_dora": True})
     with pytest.raises(InputError, match="use_dora is True"):
         load_adapter(ours(), tmp_path)
-    with pytest.raises(InputError, match="nowhere/adapter_config.json: no such file"):
-        load_adapter(ours(), tmp_path / "nowhere")
 
 
 def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
@@ -568,10 +490,6 @@ def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
     assert reward(draw_ids(1, 4), torch.tensor([4])).dtype == reward.score.weight.dtype == torch.float32
     reward.save_pretrained(tmp_path)
     same_weights(reward, RewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and learning rate
 
 
 @pytest.mark.parametrize("warmup, steps", [(1, 50), (0, 21), (3, 24)])

@@ -156,15 +156,9 @@ def test_full_vocabulary_is_the_plain_form():
     logp, ref_logp = torch.log_softmax(hidden @ weight.T, -1), torch.log_softmax(ref_hidden @ ref_weight.T, -1)
     p = logp.exp()
     plain = (logp[torch.arange(N), targets], (p * (logp - ref_logp)).sum(1), -(p * logp).sum(1))
-    for i in range(3):
-        near(found[i], plain[i], 1e-12)
+    near(torch.stack(found), torch.stack(plain), 1e-12)
     grads = [torch.autograd.grad(torch.stack(x).flatten() @ draw(3 * N), (hidden, weight)) for x in (found, plain)]
-    near(grads[0][0], grads[1][0], 1e-12)
-    near(grads[0][1], grads[1][1], 1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages, by hand
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
@@ -618,12 +612,11 @@ def test_run_folders_open_in_transformers_and_peft(small, tmp_path, monkeypatch)
         near(theirs(tokens).logits, ours(tokens), 1e-5)
 
     heads = transformers.AutoModelForSequenceClassification
-    for directory in (small.whole, small.adapter):
-        ours = RewardModel.from_pretrained(directory)(tokens, torch.tensor([6]))
-        near(heads.from_pretrained(directory).eval()(tokens).logits[:, 0], ours, 1e-5)
+    ours = RewardModel.from_pretrained(small.adapter)(tokens, torch.tensor([6]))
     with_head = heads.from_pretrained(small.base, num_labels=1)
-    theirs = peft.PeftModel.from_pretrained(with_head, small.adapter / "adapter").eval()
-    near(theirs(tokens).logits[:, 0], ours, 1e-5)                           # ours: the adapter's, the last of the two
+    adapted = peft.PeftModel.from_pretrained(with_head, small.adapter / "adapter")
+    for theirs in (heads.from_pretrained(small.adapter), adapted):
+        near(theirs.eval()(tokens).logits[:, 0], ours, 1e-5)
 
 
 def test_the_best_checkpoint_is_golds(small, tmp_path, monkeypatch):
@@ -657,10 +650,6 @@ def test_gold_is_the_second_reward_model_or_the_truth(small):
             gold = [[float(text == r["reference"])] for r, [text] in zip(task.validation, texts)]
         near([found["proxy"], found["gold"]], [torch.tensor(proxy).mean(), torch.tensor(gold).mean()], 1e-5)
         assert found["gold"] != 0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Flags
 
 
 def test_bad_input_is_one_line(small, tmp_path, monkeypatch):
@@ -705,7 +694,6 @@ def test_without_a_stage_it_is_ppo_on_the_built_in_reward_model(small, monkeypat
     monkeypatch.setattr(train_ppo, "built_in_reward", lambda *args: args)
     assert train_ppo.main(["--seed", "3", "--noise", "0.1", "--device", "cpu"]) == 0
     assert seen == [("ppo", (3, .1, "cpu"))]
-    assert train_ppo.parse(["reward", "--noise", "0"]).out != train_ppo.parse(["reward"]).out
     monkeypatch.setattr(train_ppo, "built_in_reward", lambda *args: sys.exit(130))
     with pytest.raises(SystemExit):
         train_ppo.main(["--device", "cpu"])
@@ -753,7 +741,6 @@ def test_control_tokens(name):
         assert not control & {*tokenizer.encode_prompt(text), *tokenizer.encode_response(text)}
     record = {"id": 7, "instruction": "Say it.", "input": ""}
     plain = data.prompt_ids(tokenizer, record, "short")
-    assert train_ppo.control_prompt(tokenizer, plain, None) == plain
     for k in range(8):
         found = data.prompt_ids(tokenizer, {**record, "reward_token": k}, "short")
         wanted = [tokenizer.bos, control_id(tokenizer, k), *plain[1:]]
