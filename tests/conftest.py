@@ -1,7 +1,9 @@
 """Makes the flat files importable, keeps the slow checks out of the default run (`python -m pytest -m slow`), and has
 what several test files share: a small model, what a run leaves behind, and torchrun."""
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from model import Config, LLaMA  # noqa: E402
+from model import Config, LLaMA, Run  # noqa: E402
 
 
 def pytest_configure(config):
@@ -89,3 +91,30 @@ def finish(*runs):
     for run, (_, errors) in zip(runs, printed):
         assert run.returncode == 0, errors[-3000:]
     return [out for out, _ in printed]
+
+
+class Killed(Exception):
+    pass
+
+
+def die():
+    raise Killed
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def at_step(step, action, round=0):
+    """Calls action() once, in the middle of this step of a run inside, after the backward pass."""
+    update, pending = Run.update, [action]
+
+    def act(run, *rest):
+        if (run.state.get("round", 0), run.state["step"]) == (round, step) and pending:
+            pending.pop()()
+        return update(run, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", act)
+        yield

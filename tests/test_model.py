@@ -1,7 +1,4 @@
-"""model.py: parity with transformers and PEFT, files on disk, sampling against a naive loop, LoRA, schedules.
-
-Execution flags, memory and processes are in test_size.py, resuming in test_train.py.
-"""
+"""model.py: parity with transformers and PEFT, files on disk, sampling against a naive loop, LoRA, schedules."""
 import json
 import os
 from pathlib import Path
@@ -10,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-import losses  # noqa: E402
-import model as M  # noqa: E402
-from data import IGNORE, InputError, atomic_write, write_json  # noqa: E402
-from model import (ATTENTION_MODULES, MLP_MODULES, Config, LLaMA, RewardModel, add_lora, generate,  # noqa: E402
-                   load_adapter, lora_disabled, lora_layers, merge_lora, sample_token, save_adapter)
+import losses
+import model as M
+from data import InputError, atomic_write, write_json
+from model import (ATTENTION_MODULES, MLP_MODULES, Config, LLaMA, RewardModel, add_lora, generate, load_adapter,
+                   lora_disabled, lora_layers, merge_lora, sample_token, save_adapter)
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -67,12 +63,6 @@ def same_weights(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def same_gradients(a, b, network, tolerance):
-    parameters = list(network.parameters())
-    for x, y in zip(torch.autograd.grad(a, parameters), torch.autograd.grad(b, parameters)):
-        close(x, y, tolerance)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Parity with transformers
 
@@ -84,7 +74,8 @@ def same_gradients(a, b, network, tolerance):
     (2e6, dict(hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=2))])
 @torch.no_grad()
 def test_logits_are_transformers_both_ways(hf, tmp_path, theta, changes):
-    """Another rotary order or base, head layout, norm or tying than the checkpoint's; a tensor lost between shards."""
+    """Another rotary order or base, head layout, norm, tying or dtype than the checkpoint's; a tensor lost between
+    shards."""
     tokens, tied = draw_ids(3, 40), "tie_word_embeddings" in changes
     theirs = hf_model(hf, theta=theta, **changes)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="8KB")
@@ -94,30 +85,14 @@ def test_logits_are_transformers_both_ways(hf, tmp_path, theta, changes):
     assert expected.std() > .1
     close(mine(tokens), expected)
 
-    mine = ours(torch.float32, seed=5, rope_theta=theta, **changes)
-    mine.save_pretrained(tmp_path / "ours")
-    same_weights(mine, LLaMA.from_pretrained(tmp_path / "ours"))
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for dtype in (torch.bfloat16, torch.float32):
+        mine = ours(dtype, seed=5, rope_theta=theta, **changes)
+        mine.save_pretrained(tmp_path / "ours")
+        theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+        for loaded in (theirs, LLaMA.from_pretrained(tmp_path / "ours", dtype)):
+            same_weights(mine, loaded)
+            assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     close(theirs(tokens).logits, mine(tokens))
-    for loaded in (theirs, LLaMA.from_pretrained(tmp_path / "ours")):
-        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-
-
-def test_a_bf16_checkpoint_keeps_its_dtype(hf, tmp_path):
-    """torch_dtype that does not say what the file holds, or weights that pass through another dtype."""
-    mine = ours(torch.bfloat16)
-    mine.save_pretrained(tmp_path)
-    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert theirs.dtype == torch.bfloat16
-    same_weights(mine, theirs)
-    same_weights(mine, LLaMA.from_pretrained(tmp_path, dtype=torch.bfloat16))
-
-
-def hf_greedy(theirs, prompt, count, eos=None):
-    mask = torch.ones(1, len(prompt), dtype=torch.long)
-    out = theirs.generate(torch.tensor([prompt]), attention_mask=mask, max_new_tokens=count, do_sample=False,
-                          eos_token_id=eos, pad_token_id=0)
-    return out[0, len(prompt):].tolist()
 
 
 def test_greedy_generation_is_transformers(hf, tmp_path):
@@ -126,11 +101,13 @@ def test_greedy_generation_is_transformers(hf, tmp_path):
     theirs.save_pretrained(tmp_path)
     mine = LLaMA.from_pretrained(tmp_path)
     for seed, length in enumerate((1, 7, 1100)):
-        prompt = draw_ids(length, seed=seed).tolist()
-        expected = hf_greedy(theirs, prompt, 20)
-        assert generate(mine, [prompt], 20, -1, temperature=0) == [[expected]]
-        eos = expected[5]
-        assert generate(mine, [prompt], 20, eos, temperature=0) == [[hf_greedy(theirs, prompt, 20, eos)]]
+        prompt, eos = draw_ids(1, length, seed=seed), None
+        for _ in range(2):                                                 # without EOS, and with a token of the first
+            ids = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+                                  eos_token_id=eos, pad_token_id=0)
+            expected = ids[0, length:].tolist()
+            assert generate(mine, prompt.tolist(), 20, -1 if eos is None else eos, temperature=0) == [[expected]]
+            eos = expected[len(expected) // 3]
 
 
 @torch.no_grad()
@@ -154,7 +131,7 @@ def test_the_reward_model_is_transformers_both_ways(hf, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# config.json
+# Checkpoints
 
 
 def edit_config(directory, changes):
@@ -188,42 +165,33 @@ def test_absent_keys_take_llamas_defaults(hf, tmp_path, capsys, theta):
 def test_a_complete_config_is_read_as_it_is(hf, tmp_path, capsys):
     """Nested rope_parameters that lose against a stale top-level value; our own file thought incomplete."""
     hf_model(hf, theta=777.0).save_pretrained(tmp_path / "hf")
+    edit_config(tmp_path / "hf", {"rope_theta": 1.0})
     mine = ours(rope_theta=321.0, initializer_range=.5, tie_word_embeddings=True)
     mine.save_pretrained(tmp_path / "ours", extra={"note": 1})
     capsys.readouterr()
     assert M.read_config(tmp_path / "hf")[0] == Config(**SMALL, rope_theta=777.0)
     config, raw = M.read_config(tmp_path / "ours")
-    assert config == mine.config and raw["note"] == 1
-    assert capsys.readouterr().out == ""
-    edit_config(tmp_path / "hf", {"rope_theta": 1.0})
-    assert M.read_config(tmp_path / "hf")[0].rope_theta == 777.0
+    assert config == mine.config and raw["note"] == 1 and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("key, change", [
     ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}),
     ("rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": .5}}),
     ("rope_scaling.rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
     ("hidden_act", {"hidden_act": "gelu"}),
     ("attention_bias", {"attention_bias": True}),
-    ("mlp_bias", {"mlp_bias": True}),
     ("model_type", {"model_type": "mistral"}),
     ("num_key_value_heads", {"num_key_value_heads": 4}),
     ("head_dim", {"head_dim": 3}),
     ("not a LLaMA's configuration", {"num_attention_heads": 0}),
     ("vocab_size", {"vocab_size": "61"}),
-    ("hidden_size", {"hidden_size": ...}),
-    ("model_type", {"model_type": ...})])
+    ("hidden_size", {"hidden_size": ...})])
 def test_a_config_of_another_function_is_refused(tmp_path, key, change):
     """A checkpoint that computes something else than it was trained for, or a traceback where one line would do."""
     ours().save_pretrained(tmp_path)
     edit_config(tmp_path, change)
     with pytest.raises(InputError, match=f"config.json.*{key}"):
         LLaMA.from_pretrained(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights on disk
 
 
 def test_safetensors_both_ways(tmp_path):
@@ -250,50 +218,36 @@ def test_training_never_writes_into_the_checkpoint(tmp_path):
     """Weights that are mapped from the file and trained in place, down to the disk."""
     mine = ours(torch.float32)
     mine.save_pretrained(tmp_path)
-    loaded = LLaMA.from_pretrained(tmp_path)
     with torch.no_grad():
-        for p in loaded.parameters():
-            assert p.requires_grad
+        for p in LLaMA.from_pretrained(tmp_path).parameters():
             p.add_(1)
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
 
 
-def save_bin(directory, state, shards=1):
-    """Writes weights as a checkpoint of 2023: pytorch_model.bin, with buffers, whole or in shards."""
-    ours().save_pretrained(directory)
-    (directory / "model.safetensors").unlink()
-    state = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
-    names = list(state)
-    shard_of = {}
-    for i in range(shards):
-        shard = "pytorch_model.bin" if shards == 1 else f"shard-{i}.bin"
-        shard_of.update(dict.fromkeys(names[i::shards], shard))
-        torch.save({name: state[name] for name in names[i::shards]}, directory / shard)
-    write_json(directory / "pytorch_model.bin.index.json", {"weight_map": shard_of})
+class Code:
+    """Unpickling it makes a directory in the working directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_pickled_weights_are_read(tmp_path, shards):
-    """Older checkpoints, with their inv_freq buffers, that no longer load."""
+def test_pickled_weights_are_read_and_code_is_refused(tmp_path, monkeypatch, shards):
+    """Checkpoints of 2023 with their inv_freq buffers that no longer load, or a stranger's code that runs."""
     mine = ours(torch.float32, seed=1)
-    save_bin(tmp_path, mine.state_dict(), shards)
+    mine.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {**mine.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    names, shard_of = list(state), {}
+    for i in range(shards):
+        shard = "pytorch_model.bin" if shards == 1 else f"shard-{i}.bin"
+        shard_of.update(dict.fromkeys(names[i::shards], shard))
+        torch.save({name: state[name] for name in names[i::shards]}, tmp_path / shard)
+    write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": shard_of})
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
-
-
-class Code:
-    """Unpickling it makes a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_pickled_code_is_refused(tmp_path):
-    """A checkpoint that runs a stranger's code when it is opened."""
-    save_bin(tmp_path, {**ours().state_dict(), "evil": Code(tmp_path / "ran")})
-    with pytest.raises(InputError, match="pytorch_model.bin: cannot be read as plain weights"):
+    monkeypatch.chdir(tmp_path)
+    torch.save({**state, "evil": Code()}, tmp_path / shard)
+    with pytest.raises(InputError, match=f"{shard}: cannot be read as plain weights"):
         LLaMA.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -310,11 +264,9 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
             LLaMA.from_pretrained(tmp_path)
 
     header = int.from_bytes(whole[:8], "little")
-    for size in (len(whole) - 1, len(whole) // 2, 8 + header, 8 + header // 2, 5):
-        path.write_bytes(whole[:size])
+    for damaged in (whole[:-1], whole[:8 + header], whole[:8 + header // 2], whole[:5], b"\xff" * 64):
+        path.write_bytes(damaged)
         refused("model.safetensors")
-    path.write_bytes(b"\xff" * 64)
-    refused("model.safetensors: not a safetensors file")
 
     name = "model.layers.1.mlp.up_proj.weight"
     others = {key: w for key, w in state.items() if key != name}
@@ -327,8 +279,6 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
 
     path.unlink()
     refused("neither model.safetensors nor pytorch_model.bin")
-    index.write_text("{}")
-    refused("index.json: no 'weight_map'")
     write_json(index, {"weight_map": {**dict.fromkeys(others, "a"), name: "b"}})
     M.write_safetensors(tmp_path / "a", others)
     refused("names b, which is not there")
@@ -343,81 +293,11 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     """A crash in the middle of a save that destroys the previous checkpoint, or leaves its half beside it."""
     write_json(tmp_path / "a", {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a", {"new": object()})
     with pytest.raises(RuntimeError), atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert json.loads((tmp_path / "a").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training's forward pass
-
-
-@torch.no_grad()
-def test_padding_changes_nothing():
-    """Padding or a neighbour that reaches the real tokens through attention or positions."""
-    mine, tokens = ours(), draw_ids(1, 9)
-    rows = [torch.cat([tokens, padding], dim=1) for padding in (torch.zeros(1, 5, dtype=torch.long), draw_ids(1, 5))]
-    batch = torch.cat([*rows, draw_ids(1, 14, seed=2)])
-    for logits in mine(batch)[:2]:
-        close(logits[:9], mine(tokens)[0], 1e-12)
-
-
-def test_targets_give_the_logp_of_the_logits():
-    """Targets in another order than the logits', or shifted by one."""
-    mine, tokens, targets = ours(), draw_ids(3, 11), draw_ids(3, 11, seed=1)
-    targets[torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < .5] = IGNORE
-    counts = targets != IGNORE
-    expected = losses.plain_logp(mine(tokens)[counts], targets[counts])
-    logp = mine(tokens, targets)
-    close(logp, expected, 1e-12)
-    same_gradients(logp.square().sum(), expected.square().sum(), mine, 1e-9)
-
-
-def rows_of(prompts, answers, width):
-    """Right-padded tokens and targets (B, width): each token of an answer is the target of the token before it."""
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    targets = torch.full_like(tokens, IGNORE)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        end = len(prompt + answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        targets[row, len(prompt) - 1:end - 1] = torch.tensor(answer)
-    return tokens, targets
-
-
-@pytest.mark.parametrize("width", [10, 15])
-def test_cut_in_one_forward_is_cut_of_single_sequences(width):
-    """Passes mixed up or paired by position: the loss must see neither padding nor the length of the judgment."""
-    mine = ours(std=.15)
-    plain, judgments, answers = [[1, 5], [1, 6, 7]], [[8, 9, 10, 11], [12]], [[20, 21, 22, 2], [23, 2]]
-    judged = [prompt + judgment for prompt, judgment in zip(plain, judgments)]
-    passes = rows_of(judged, answers, width), rows_of(plain, answers, 6)
-    tokens, targets = zip(*passes)
-    weight = torch.tensor([1 / 8] * 4 + [1 / 4] * 2, dtype=F64)            # mean over tokens, then over 2 examples
-
-    def token_loss(logp, weight):
-        flagged = losses.detect(logp[0], logp[1], 1.1)
-        return weight * losses.cut_token_loss(logp[0], logp[1], flagged, .5, 1.0)
-
-    loss, logp = mine(tokens, targets, token_loss, (weight,))
-    alone = []
-    for prompts in (judged, plain):
-        for prompt, answer in zip(prompts, answers):
-            logits = mine(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
-            alone.append(losses.plain_logp(logits, torch.tensor(answer)))
-    alone = torch.cat(alone).view(2, 6)
-    close(logp, alone.detach(), 1e-11)
-    close(mine(tokens, targets), alone, 1e-11)
-    assert 0 < losses.detect(*alone, 1.1).sum() < 6
-    expected = losses.cut_loss(*alone, torch.tensor([4, 2]), alpha=.5, gamma=1.0)
-    close(loss, expected, 1e-11)
-    same_gradients(loss, expected, mine, 1e-10)
-    loss, logp = mine(tokens[1], targets[1], losses.nll_token_loss)        # a tensor in place of a list: one pass
-    assert logp.shape == (1, 6)
-    close(loss, -alone[1].sum(), 1e-11)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,33 +364,6 @@ def test_generate_stops(talker):
         generate(talker, [[1], []], 5, EOS, rows=[3, 4])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("first", [1, 5, 11])
-def test_prefill_and_decode_by_hand_are_generate(talker, first):
-    """A cache that cannot be gone on with: decoding in two pieces, as a search over partial responses does."""
-    n, steps = 2, 12
-    u = [np.random.default_rng([1, row]).random(steps) for row in range(n * len(PROMPTS))]
-    u = torch.from_numpy(np.stack(u))
-
-    def choose(logits, u):
-        return sample_token(logits, u, temperature=1.0)
-
-    cache, hidden = M.prefill(talker, PROMPTS, steps, n)
-    samples = M.decode(talker, cache, hidden, u[:, :first], EOS, choose)
-    last = torch.tensor([ids[-1] for ids in samples])
-    cache.select((last[cache.rows] != EOS).nonzero().squeeze(1))           # finished rows that are still there
-    left = cache.rows
-    assert (first > 1) == (len(left) < len(samples))
-    cache.begin(1)                                                         # the last token is not in the cache yet
-    hidden = talker.model(last[left].unsqueeze(1), cache)[:, -1]
-    cache.lengths += 1
-    ended = M.decode(talker, cache, hidden, u[left, first:], EOS, choose)
-    for row, ids in zip(left, ended):
-        samples[row] += ids
-    expected = generate(talker, PROMPTS, steps, EOS, n=n, seed=1)
-    assert [samples[i:i + n] for i in range(0, len(samples), n)] == expected
-
-
 def frequencies(p, temperature=1.0, count=20000, **kwargs):
     """How often sample_token picks each token over an even grid of uniform numbers."""
     logits = torch.tensor(p, dtype=F64).log()
@@ -558,7 +411,7 @@ def test_a_token_of_probability_0_is_never_sampled(kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# LoRA
+# LoRA and schedule
 
 
 def adapted(modules=MLP_MODULES, dtype=torch.float32):
@@ -571,29 +424,14 @@ def adapted(modules=MLP_MODULES, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("layers, D, ffn, heads, millions", [(32, 4096, 11008, 32, 23.2), (40, 5120, 13824, 40, 36.4)])
-def test_trainable_parameters_of_llama_2(layers, D, ffn, heads, millions):
-    """Adapters on other matrices than CUT's, or a base that is not frozen."""
-    config = Config(vocab_size=32000, hidden_size=D, intermediate_size=ffn, num_hidden_layers=layers,
-                    num_attention_heads=heads, num_key_value_heads=heads, head_dim=128)
-    with torch.device("meta"):
-        model = LLaMA(config)
-        count = add_lora(model)
-    assert round(count / 1e6, 1) == millions
-    assert {name.split(".")[-3] for name in M.trained_weights(model)} == set(MLP_MODULES)
-
-
 @torch.no_grad()
 def test_a_fresh_or_disabled_adapter_is_the_base_model():
     """A reference model that has moved: KL penalties and DPO would be measured from the wrong place."""
-    model, tokens = ours(torch.float32), draw_ids(2, 9)
-    logits = model(tokens)
-    add_lora(model, 4, 8)
-    assert torch.equal(model(tokens), logits)
-    model = adapted()
-    assert not torch.allclose(model(tokens), logits)
+    fresh, model, tokens = ours(torch.float32), adapted(), draw_ids(2, 9)
+    logits = fresh(tokens)
+    add_lora(fresh, 4, 8)
     with lora_disabled(model):
-        assert torch.equal(model(tokens), logits)
+        assert torch.equal(model(tokens), logits) and torch.equal(fresh(tokens), logits)
     assert not torch.allclose(model(tokens), logits)
 
 
@@ -612,22 +450,11 @@ def test_only_adapters_get_gradients_and_stay_in_fp32(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("modules", [MLP_MODULES, MLP_MODULES + ATTENTION_MODULES])
-def test_a_merged_adapter_is_a_plain_model(modules):
-    """The scale forgotten or applied twice when the adapter is added to its matrix."""
-    model, tokens = adapted(modules), draw_ids(2, 9)
-    logits = model(tokens)
-    merge_lora(model)
-    assert set(model.state_dict()) == set(ours().state_dict())
-    assert all(p.requires_grad for p in model.parameters())
-    close(model(tokens), logits, 1e-5)
-
-
-@torch.no_grad()
 def test_adapters_are_pefts_both_ways(hf, tmp_path):
-    """An adapter that PEFT opens but computes differently, or the reverse."""
+    """An adapter that PEFT opens but computes differently, or the reverse; a merge with the scale forgotten or applied
+    twice, or that leaves another model than a plain one."""
     peft = pytest.importorskip("peft")
-    model, tokens = adapted(MLP_MODULES + ("q_proj",)), draw_ids(2, 9)
+    model, tokens = adapted(MLP_MODULES + ATTENTION_MODULES), draw_ids(2, 9)
     ours(torch.float32).save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "ours", tmp_path / "base")
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -637,7 +464,9 @@ def test_adapters_are_pefts_both_ways(hf, tmp_path):
     again = LLaMA.from_pretrained(tmp_path / "base")
     load_adapter(again, tmp_path / "theirs")
     close(again(tokens), model(tokens), 1e-6)
-    close(theirs.merge_and_unload()(tokens).logits, merge_lora(model)(tokens))
+    merge_lora(again)
+    close(again(tokens), model(tokens), 1e-5)
+    assert set(again.state_dict()) == set(ours().state_dict()) and all(p.requires_grad for p in again.parameters())
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -653,29 +482,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     write_json(path, {**config, "use_dora": True})
     with pytest.raises(InputError, match="use_dora is True"):
         load_adapter(ours(), tmp_path)
-    with pytest.raises(InputError, match="nowhere/adapter_config.json: no such file"):
-        load_adapter(ours(), tmp_path / "nowhere")
-
-
-@torch.no_grad()
-def test_models_on_one_backbone_leave_each_other_unchanged():
-    """A backbone that is copied; adapters of one model that show in another; a merge into the shared weights."""
-    policy = ours(torch.float32)
-    reward = RewardModel.from_backbone(policy)
-    for a, b in zip(policy.model.parameters(), reward.model.parameters(), strict=True):
-        assert a.data_ptr() == b.data_ptr()
-    tokens, lengths = draw_ids(2, 9), torch.tensor([9, 4])
-    logits, rewards = policy(tokens), reward(tokens, lengths)
-
-    add_lora(reward, 2, 16)
-    assert reward.score.weight.requires_grad
-    for layer in lora_layers(reward).values():
-        torch.nn.init.normal_(layer.lora_B.weight)
-    moved = reward(tokens, lengths)
-    assert not torch.allclose(moved, rewards) and torch.equal(policy(tokens), logits)
-    merge_lora(reward)
-    close(reward(tokens, lengths), moved, 1e-5)
-    assert torch.equal(policy(tokens), logits)
 
 
 def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
@@ -686,11 +492,7 @@ def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
     same_weights(reward, RewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and learning rate
-
-
-@pytest.mark.parametrize("warmup, steps", [(10, 100), (1, 50), (0, 20), (3, 24)])
+@pytest.mark.parametrize("warmup, steps", [(1, 50), (0, 21), (3, 24)])
 def test_cosine_schedule(warmup, steps):
     """A first step that is wasted at 0, a peak that is never reached, or an end too early, too late or at 0."""
     lr = [M.lr_at(step, 3e-4, warmup, steps) for step in range(steps)]
@@ -698,6 +500,4 @@ def test_cosine_schedule(warmup, steps):
     assert lr[0] == pytest.approx(3e-4 / max(1, warmup))
     assert max(lr) == pytest.approx(3e-4) and lr[-1] == pytest.approx(1.5e-5)
     assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    middle = (warmup + steps - 1) / 2
-    if middle == int(middle):
-        assert lr[int(middle)] == pytest.approx(.525 * 3e-4)
+    assert lr[(warmup + steps - 1) // 2] == pytest.approx(.525 * 3e-4)      # half way down to 5 %
