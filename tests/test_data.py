@@ -1,6 +1,5 @@
 """data.py: the tokenizer against sentencepiece and transformers, prompts, readers, batches, the built-in world and the
 judge that knows its truth, downloads."""
-import collections
 import gzip
 import hashlib
 import http.server
