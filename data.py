@@ -156,6 +156,8 @@ class Tokenizer:
         too, before any weights are read."""
         directory = Path(directory)
         path, config = directory / "tokenizer.model", directory / "config.json"
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory (python train_cut.py makes the built-in models)")
         if not path.is_file():
             raise InputError(f"{path}: no sentencepiece tokenizer here (tokenizer.json is another format): LLaMA and "
                              "LLaMA 2 checkpoints have one, LLaMA 3's do not")
@@ -552,15 +554,15 @@ def downsample_positives(records, ratio, seed=42):
 
 
 class Example(NamedTuple):
-    """Token ids of one record. judged is the prompt (x, j-), or None where nothing is wrong with the response."""
+    """Token ids of one record: prompt x, response y, and the prompt (x, j-), or None if nothing is wrong with y."""
     id: str
     prompt: list
     response: list
-    judged: list | None = None
+    judged_prompt: list | None = None
 
     def size(self):
         """Tokens of the longest sequence that the network reads for it."""
-        return len(self.response) + max(len(self.prompt), len(self.judged or []))
+        return len(self.response) + max(len(self.prompt), len(self.judged_prompt or []))
 
 
 def encode(tokenizer, records, prompt_format, max_length, hindsight=False):

@@ -87,7 +87,7 @@ def judged_and_plain_logp(model, examples, device, batch_size=64):
     logp = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start:start + batch_size]
-        judged_tokens, judged_targets = collate([(e.judged, e.response) for e in batch], device)      # (b, T1)
+        judged_tokens, judged_targets = collate([(e.judged_prompt, e.response) for e in batch], device)      # (b, T1)
         plain_tokens, plain_targets = collate([(e.prompt, e.response) for e in batch], device)        # (b, T2)
         both = model([judged_tokens, plain_tokens], [judged_targets, plain_targets])                  # (2, N)
         logp += both.cpu().split([len(e.response) for e in batch], dim=1)

@@ -16,9 +16,12 @@ unlikelihood and the rest of the response likelihood (L1). The whole response af
 teaches the model to read judgments. Good responses get plain likelihood. `train` below is the loop of train_sft.py with
 this loss; the formula is losses.cut_token_loss.
 
+Replay: in the built-in world each step also repeats 32 judged SFT examples, (x, j) -> y, so that the model does not
+unlearn to read judgments.
+
 metrics.jsonl in the run folder has a line for each step:
-  loss             mean over the step's examples, plus the mean over the replay, nats. Near 0 from the start: responses
-                   hardly differ, or the model is overfit
+  loss             mean over the step's examples (of a bad response L1 + L2), plus the mean over the replay, nats. Near
+                   0 from the start: responses hardly differ, or the model is overfit
   flagged          fraction of the bad responses' tokens that are flagged. 0: the model cannot read judgments, and CUT
                    is SFT on bad responses; above 0.5: lambda is too low, or the judgments are human prose
   lr, grad_norm    learning rate; gradient norm before clipping
@@ -112,9 +115,9 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         again = [replay[i] for i in replays(step)] if replay else []
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
-        local = share(batch) or [batch[0]._replace(response=[], judged=None)]
-        bad = [(e, 1 / len(batch)) for e in local if e.judged]
-        good = [(e, 1 / len(batch)) for e in local if not e.judged]
+        local = share(batch) or [batch[0]._replace(response=[], judged_prompt=None)]
+        bad = [(e, 1 / len(batch)) for e in local if e.judged_prompt]        # (example, its weight)
+        good = [(e, 1 / len(batch)) for e in local if not e.judged_prompt]
         good += [(e, 1 / len(again)) for e in share(again)]
         micro = [judged_batch(part, flagged, args, run.device) for part in chunks(bad, args.micro_batch_size)]
         micro += [good_batch(part, args, run.device) for part in chunks(good, 2 * args.micro_batch_size)]
@@ -126,7 +129,7 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
             loss, logp = model(tokens, targets, token_loss, per_token)      # weights make it a mean over examples
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
-            if len(logp) == 2:
+            if len(logp) == 2:                                    # two passes: bad responses
                 run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])))
 
         lr = lr_at(step, peak, warmup, steps)
@@ -140,8 +143,9 @@ def judged_batch(part, flagged, args, device):
     Only the prompts differ, so the passes have the same N response tokens in the same order, at other positions: this
     is why everything is gathered by response token, never by position. `flagged` is {id: (tokens,) bool}, or None.
     """
-    judged = collate([(e.judged, e.response) for e, _ in part], device)      # tokens, targets (b, T1), after (x, j-)
-    plain = collate([(e.prompt, e.response) for e, _ in part], device)       # tokens, targets (b, T2), after x alone
+    # tokens, targets (b, T1) after (x, j-), and tokens, targets (b, T2) after x alone
+    judged = collate([(e.judged_prompt, e.response) for e, _ in part], device)
+    plain = collate([(e.prompt, e.response) for e, _ in part], device)
     per_token = [token_weights(part, args, device)]
     if flagged is not None:
         per_token.append(torch.cat([flagged[e.id] for e, _ in part]).to(device))
@@ -212,7 +216,7 @@ def flag_tokens(model, examples, number, args, device):
     """
     path = Path(args.out, f"flags-{number}.jsonl")
     if missing(path):
-        bad = [e for e in examples if e.judged]
+        bad = [e for e in examples if e.judged_prompt]
         logp = judged_and_plain_logp(model, bad, device)
         lines = []
         for e, (judged, plain) in zip(bad, logp):
@@ -223,7 +227,7 @@ def flag_tokens(model, examples, number, args, device):
 
 def all_tokens(examples):
     """Every token of the bad responses as flagged, for plain unlikelihood: {id: (tokens,) bool}."""
-    bad = [e for e in examples if e.judged]
+    bad = [e for e in examples if e.judged_prompt]
     return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in bad}
 
 
@@ -309,8 +313,8 @@ def largest_micro_batch(examples, rows, max_length):
         return 2 * rows * max_length
     tokens = []
     for e in examples:
-        if e.judged:
-            tokens.append(len(e.judged) + len(e.prompt) + 2 * len(e.response))
+        if e.judged_prompt:
+            tokens.append(len(e.judged_prompt) + len(e.prompt) + 2 * len(e.response))
         else:
             tokens.append(2 * e.size())
     return rows * max(tokens)
@@ -376,7 +380,7 @@ def main(argv=None):
         results["peak_memory_bytes"] = peak_memory(device)
         write_json(Path(args.out, "results.json"), results)
         print(table(results))
-        if args.detect != "all":
+        if args.recipe == "cut" and args.detect != "all":
             print(examples_marked(tokenizer, args.out, args.rounds - 1))
     return run.finish()
 
@@ -400,16 +404,18 @@ def parse(argv):
     p.add_argument("--rounds", type=positive_int, help="online rounds")
     p.add_argument("--samples", type=positive_int, default=1500, help="instructions answered in a round")
     p.add_argument("--offline", action="store_true", help="collect all rounds' responses from the first model")
-    p.add_argument("--replay", type=nonnegative_int, help="judged SFT examples beside each batch")
+    p.add_argument("--replay", type=nonnegative_int, help="judged SFT examples repeated beside each batch, see above")
     p.add_argument("--split", choices=("test", "validation"), default="test", help="what the table is measured on")
     # optimization
-    p.add_argument("--steps", type=positive_int, help="optimizer steps a round (default: from --epochs)")
+    p.add_argument("--steps", type=positive_int, help="optimizer steps per round (default: from --epochs)")
     p.add_argument("--epochs", type=nonnegative_float, help="passes over --data, if --steps is not given")
     p.add_argument("--lr-decay", type=nonnegative_float, default=0.6, help="factor on the peak rate a round")
     p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
     args = p.parse_args(argv)
     fill_defaults(args, DEFAULTS)
-    args.out = args.out or f"out/cut-{Path(args.data).stem if args.data else args.seed}"
+    name = [Path(args.data).stem if args.data else str(args.seed)]
+    name += [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]
+    args.out = args.out or "-".join(["out/cut", *name, *["offline"] * args.offline])
     if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
         raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world: leave "
                          "--data out, or these")

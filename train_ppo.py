@@ -890,7 +890,7 @@ def add_rollout_flags(p):
     p.add_argument("--validation", default="", help="instructions to choose the checkpoint on")
     p.add_argument("--gold-reward", default="", help="a second reward model, of other pairs, that chooses it")
     p.add_argument("--steps", type=positive_int, help="rollouts; each is followed by several updates")
-    p.add_argument("--rollouts", type=positive_int, help="responses a step, over all ranks")
+    p.add_argument("--rollouts", type=positive_int, help="responses per step, over all ranks")
     p.add_argument("--max-new-tokens", type=positive_int, help="a response is truncated here")
     p.add_argument("--sample-batch-size", type=positive_int, help="responses sampled side by side: what fits")
     p.add_argument("--temperature", type=in_range(float, 0.01), default=1.0, help="of sampling and of scoring")

@@ -68,14 +68,14 @@ def train(model, examples, steps, peak, seed, run, args):
         batch = [examples[i] for i in batches(step)]              # the whole step's examples, on every rank
         total = sum(len(e.response) for e in batch)               # response tokens, over all ranks
         # A rank for which the last batch of an epoch has no example takes part with an empty response.
-        local = share(batch) or [batch[0]._replace(response=[], judged=None)]
+        local = share(batch) or [batch[0]._replace(response=[], judged_prompt=None)]
         micro = [sft_batch(part, run.device) for part in chunks(local, args.micro_batch_size)]
 
         loss_sum = 0.0
         for i, (tokens, targets) in enumerate(micro):
             # DDP averages gradients over ranks in the last backward pass only; it reads this switch in forward.
             model.require_backward_grad_sync = i == len(micro) - 1
-            loss, _ = model(tokens, targets, nll_token_loss)      # summed over response tokens
+            loss, _ = model(tokens, targets, nll_token_loss)      # LLaMA.forward: a sum over tokens
             loss = loss / total
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
@@ -178,7 +178,7 @@ def make_once(main, argv, out):
     unfinished = Path(out, "resume.pt").is_file()
     if unfinished or not Path(out, "config.json").is_file():
         if main([*argv, "--resume"] if unfinished else argv):
-            print0("run the same command again: it continues from there")
+            print0("run the same command again, without --resume: it continues from there")
             raise SystemExit(130)                               # stopped by the user
     else:
         print0(f"using {out}, made earlier (delete out/ to start over)")
@@ -231,9 +231,9 @@ def add_common_flags(p):
     p.add_argument("--format", choices=FORMATS, help="prompt format")
     p.add_argument("--out", default="", help="run folder (default: in out/, named after method and seed or data)")
     p.add_argument("--resume", action="store_true", help="continue from the last save in the run folder")
-    p.add_argument("--seed", type=nonnegative_int, default=0, help="of world, weights, sampling and data order")
-    p.add_argument("--batch-size", type=positive_int, help="examples an optimizer update, over all ranks")
-    p.add_argument("--micro-batch-size", type=positive_int, help="examples a forward pass: what fits")
+    p.add_argument("--seed", type=nonnegative_int, default=0, help="seed of world, weights, sampling and data order")
+    p.add_argument("--batch-size", type=positive_int, help="examples per optimizer update, over all ranks")
+    p.add_argument("--micro-batch-size", type=positive_int, help="examples per forward pass: as many as fit")
     p.add_argument("--max-length", type=positive_int, help="tokens; longer records are left out")
     p.add_argument("--lr", type=nonnegative_float, help="peak learning rate")
     p.add_argument("--clip", type=in_range(float, 1e-6), default=1.0, help="maximum gradient norm (inf: no clipping)")
@@ -276,7 +276,7 @@ def parse(argv):
     add_common_flags(p)
     add_execution_flags(p)
     p.add_argument("--recipe", choices=RECIPES, default="demonstrations", help="how --data is read")
-    p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose judgments the built-in data teaches")
+    p.add_argument("--judge", choices=JUDGES, default="corrects", help="whose wording the built-in data teaches")
     p.add_argument("--steps", type=positive_int, help="optimizer steps (default: from --epochs)")
     p.add_argument("--epochs", type=nonnegative_float, help="passes over --data, if --steps is not given")
     p.add_argument("--warmup", type=fraction, default=0.03, help="fraction of the steps; then cosine")

@@ -34,14 +34,14 @@ from train_sft import built_in  # noqa: E402
 # Row of the table: the command that trains it, all with the same number of updates of the same size, the same replay,
 # and instructions from the same streams.
 JUDGMENT_METHODS = {
-    "SFT on more demonstrations": "train_cut.py --recipe sft",
-    "unlikelihood on every token": "train_cut.py --detect all",
+    "SFT, more demonstrations": "train_cut.py --recipe sft",
+    "unlikelihood everywhere": "train_cut.py --detect all",
     "expert iteration, same judge": "train_cut.py --recipe expert",
     "Hindsight (L2 alone)": "train_cut.py --recipe hindsight",
     "CUT offline": "train_cut.py --offline",
     "CUT": "train_cut.py",
     "CUT, frozen flags (ours)": "train_cut.py --detect frozen",
-    "SFT on the answer that the judgment states": "train_cut.py --recipe corrected",
+    "SFT on stated corrections": "train_cut.py --recipe corrected",
 }
 
 # The same for preferences: every method starts from the SFT model {sft} and gets the same {pairs}, or the {reward}

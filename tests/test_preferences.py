@@ -723,7 +723,7 @@ def test_demonstrations_made_of_preferences_and_judgments(small, tmp_path):
     assert data.read_forward(path) == [{**r, "judgment": None} for r in judged] + data.read_judge_training(path)
     hindsight = data.encode(tokenizer, train_sft.RECIPES["hindsight"](path), "short", 512, hindsight=True)
     for r, e in zip(judged, hindsight, strict=True):
-        assert e.judged is None and e.response == tokenizer.encode_response(r["output"])
+        assert e.judged_prompt is None and e.response == tokenizer.encode_response(r["output"])
         assert e.prompt == data.prompt_ids(tokenizer, r, "short", r["judgment"])
 
 

@@ -297,7 +297,7 @@ def brute_force(base, records, hindsight=False, **settings):
     """losses.cut_loss of all records at once and its gradients, from full logits of one sequence at a time."""
     model = LLaMA.from_pretrained(base, torch.float64)
     examples = data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256, hindsight)
-    bad, good = [e for e in examples if e.judged], [e for e in examples if not e.judged]
+    bad, good = [e for e in examples if e.judged_prompt], [e for e in examples if not e.judged_prompt]
 
     def logp(part, prompt):
         rows = [torch.zeros(0, dtype=torch.float64)]
@@ -514,8 +514,8 @@ def test_the_largest_micro_batch_is_that_of_the_data(job, base):
     """An estimate of other shapes than training will make: a pass forgotten, or good responses counted once."""
     records, args = data.read_judged(job("cut", "")[3]), train_cut.parse([])
     for e in data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256):
-        batch, rows = (train_cut.judged_batch, 3) if e.judged else (train_cut.good_batch, 6)
-        tokens = batch([(e, 1.0)] * rows, *[None] * bool(e.judged), args, "cpu")[0]
+        batch, rows = (train_cut.judged_batch, 3) if e.judged_prompt else (train_cut.good_batch, 6)
+        tokens = batch([(e, 1.0)] * rows, *[None] * bool(e.judged_prompt), args, "cpu")[0]
         size = sum(t.numel() for t in tokens)
         assert size <= train_cut.largest_micro_batch([e], 3, 256) <= size + 6
 
