@@ -184,13 +184,13 @@ def test_what_a_call_costs(hurry, tmp_path, name):
     assert asker.stats["cost"] == pytest.approx((2 * (12 + 16) + costs[cost]) / 1000)
 
 
-@pytest.mark.parametrize("fault", [None, "empty", "slow", "broken"])
-def test_max_cost_is_never_passed(tmp_path, fault):
+@pytest.mark.parametrize("fault, at_once", [(None, 8), (None, 1), ("empty", 8), ("slow", 8), ("broken", 8)])
+def test_max_cost_is_never_passed(tmp_path, fault, at_once):
     """Calls in flight, tokens that the estimate does not see, or answers that came to nothing push a run past its
     limit; or the run stops far below it."""
     server = Server(fault=lambda number, payload: fault if number % 3 == 0 else None, seconds=0.01, slow=0.6)
     timeout = 0.3 if fault == "slow" else 30
-    asker = client(server, tmp_path, price=(1000.0, 2000.0), max_cost=6.0, at_once=8, timeout=timeout)
+    asker = client(server, tmp_path, price=(1000.0, 2000.0), max_cost=6.0, at_once=at_once, timeout=timeout)
     answers = asker.complete(questions(300, words=2))
     time.sleep(0.7 if fault == "slow" else 0)
     spent = sum(1e-3 * p + 2e-3 * c for p, c in (usage_of(p).values() for p in server.payloads))
