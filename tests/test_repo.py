@@ -283,7 +283,7 @@ def world_models(tmp_path_factory):
         wrong = world.corrupt(r, r["reference"], rng)
         pairs.append({"instruction": r["instruction"], "reference": r["reference"], "output_1": r["reference"],
                       "output_2": wrong, "preference": 1})
-    path = tree / "out" / "world-0" / "preferences-0.25.jsonl"
+    path = tree / "out" / "world-0" / "preferences-0.25-sft-0-corrects.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in pairs if r["output_1"] != r["output_2"]))
     run("train_ppo.py", "reward", "--steps", 60, cwd=tree)
