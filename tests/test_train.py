@@ -307,7 +307,7 @@ def brute_force(base, records, hindsight=False, **settings):
             rows.append(losses.plain_logp(logits, torch.tensor(response)))
         return torch.cat(rows), torch.tensor([len(e.response) for e in part], dtype=torch.long)
 
-    judged, lengths = logp(bad, "judged")
+    judged, lengths = logp(bad, "judged_prompt")
     loss = losses.cut_loss(judged, logp(bad, "prompt")[0], lengths, *logp(good, "prompt"), **settings)
     loss.backward()
     return {"": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
