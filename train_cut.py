@@ -9,7 +9,7 @@ passes:
 
   after (x, j-)    It says The frog is white where it should say pink.    The  frog  is  white  and  lives ...
   after x alone                                                           The  frog  is  white  and  lives ...
-  p(y|x, j-) / p(y|x)                                                     1.0  1.0  1.0   5.2   1.0   1.0
+  p(y|x, j-) / p(y|x), world 0's SFT model                                1.0  1.0   1.0 1.95   1.0  1.0
 
 Tokens that the judgment makes more than lambda times as likely are those it complains about. After x they get
 unlikelihood and the rest of the response likelihood (L1). The whole response after (x, j-) gets likelihood (L2), which
