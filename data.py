@@ -1017,6 +1017,7 @@ def download_rest(session, address, part):
                 return etag
     return ""
 
+
 def shepherd_records(record):
     """Shepherd's two files, one record -> one judged response. In human_data_raw.jsonl the judgment is spread over the
     error types that the annotator chose."""
