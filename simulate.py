@@ -198,8 +198,14 @@ class Client:
     flight. Failures are never stored. The key is sent to --api only and is removed from every text."""
 
     def __init__(self, args):
+        if not (args.api and args.api_model):
+            raise InputError("an API needs --api URL and --api-model NAME, the model's name on that server")
+        if not args.api.startswith(("http://", "https://")):
+            raise InputError(f"--api {args.api}: a URL begins with http:// or https://")
+        if args.max_cost < math.inf and args.price is None:
+            raise InputError("--max-cost needs --price PROMPT COMPLETION, in dollars per million tokens")
         self.url = args.api.rstrip("/") + "/chat/completions"
-        self.cache, self.label = Cache(args.cache), args.verb
+        self.cache = Cache(args.cache or (f"{args.out}.cache.jsonl" if args.out else os.devnull))
         self.at_once, self.timeout, self.dry_run = args.at_once, args.timeout, args.dry_run
         self.price, self.max_cost = args.price, args.max_cost
         self.key = os.environ.get(args.key_env, "").strip()
@@ -240,7 +246,7 @@ class Client:
         pool = ThreadPoolExecutor(self.at_once)
         try:
             futures = {pool.submit(self._ask, k, p, whole): k for k, p in todo.items()}
-            for future in tqdm(as_completed(futures), self.label, len(todo), delay=1):
+            for future in tqdm(as_completed(futures), "calls", len(todo), delay=1):
                 answers[futures[future]] = future.result()
         except InputError as error:
             raise InputError(f"{self.url}: {error} (answers that came in are kept in {self.cache.path})") from None
@@ -487,6 +493,16 @@ def mean_and_se(values):
     mean = sum(values) / n
     variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
     return mean, math.sqrt(variance / n)
+
+
+def preference_from_logprobs(logp_1, logp_2):
+    """AlpacaEval's weighted preference, 1 + P(output 2 is better), of a judge that answers with one token.
+
+    logp_1, logp_2: log-probabilities of the two possible tokens. A token that is not among the reported ones has -inf;
+    None if both are missing."""
+    if max(logp_1, logp_2) == -math.inf:
+        return None
+    return 2 - 1 / (1 + math.exp(min(700.0, logp_2 - logp_1)))
 
 
 def pair_up(records, seed):
@@ -807,7 +823,23 @@ def check_references(args, records, kind):
 
 
 def prefer_command(args):
-    pairs, client = read_compared(args), None
+    labelled, failed, client = compare_pairs(args, read_compared(args))
+    annotated = Counter(pair["annotator"] for pair in labelled)
+    random_labels, ties = annotated["noise"], annotated["equal texts"]
+    understood = len(labelled) - random_labels - ties
+    misread = sum(pair["reason"].startswith("not understood") for pair in failed)
+    counts = {"random_labels": random_labels, "ties": ties, "parse_rate": understood / max(1, understood + misread)}
+    if args.against and labelled:
+        counts["win_rate"], counts["win_rate_se"] = mean_and_se([r["preference"] - 1 for r in labelled])
+    return write_outputs(args, labelled, failed, client, **counts)
+
+
+def compare_pairs(args, pairs):
+    """Asks the annotators of --by: (labelled pairs, failed pairs with the reason, the client or None).
+
+    args: the flags of add_annotator_flags and --out. pairs: records with output_1 and output_2. A labelled pair has
+    preference, from 1 (output_1 is better) to 2, annotator and switched."""
+    client = None
     if args.by == "api":
         pool, client = ANNOTATORS, Client(args)
         annotate = ask_annotators(client, annotator_models(args), args.seed)
@@ -819,15 +851,7 @@ def prefer_command(args):
     if args.single:
         pool = SINGLE if args.by == "api" else pool[:1]
     labelled, failed = prefer(pairs, pool, annotate, args.noise, args.seed)
-
-    annotated = Counter(pair["annotator"] for pair in labelled)
-    random_labels, ties = annotated["noise"], annotated["equal texts"]
-    understood = len(labelled) - random_labels - ties
-    misread = sum(pair["reason"].startswith("not understood") for pair in failed)
-    counts = {"random_labels": random_labels, "ties": ties, "parse_rate": understood / max(1, understood + misread)}
-    if args.against and labelled:
-        counts["win_rate"], counts["win_rate_se"] = mean_and_se([r["preference"] - 1 for r in labelled])
-    return write_outputs(args, labelled, failed, client, **counts)
+    return labelled, failed, client
 
 
 def read_compared(args):
@@ -863,6 +887,44 @@ COMMANDS = {"sample": sample_command, "judge": judge_command, "prefer": prefer_c
 # Flags
 
 
+def add_api_flags(p):
+    """What it takes to ask: --seed, --api and the rest of an API's flags, --device, --dtype and --batch-size."""
+    p.add_argument("--seed", type=nonnegative_int, default=0, help="of every random choice")
+    p.add_argument("--cache", help="JSONL of stored answers (default: OUT.cache.jsonl)")
+    p.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    p.add_argument("--api-model", help="the model's name there")
+    p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
+    p.add_argument("--at-once", type=positive_int, default=32, help="calls in flight")
+    p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
+    p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
+    p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
+                   help="dollars per 1M tokens")
+    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded")
+    p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
+    p.add_argument("--batch-size", type=positive_int, default=64, help="responses sampled or scored in parallel")
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+
+
+def add_annotator_flags(p):
+    """Adds to a parser the flags of compare_pairs: who compares two outputs, and how it is asked (add_api_flags)."""
+    p.add_argument("--by", choices=("simulated", "reference", "api", "model"), default="simulated", help="who compares")
+    p.add_argument("--judge-model", help="--by model: directory of the model that compares")
+    p.add_argument("--judge-reward", help="--by model: directory of a reward model in its place")
+    p.add_argument("--judge-format", choices=FORMATS, help="its prompt format (default: recorded in its config.json)")
+    p.add_argument("--weighted", action="store_true",
+                   help="--by api or model: the preference is 1 + P(output 2 is better), not 1 or 2")
+    p.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
+    p.add_argument("--models", nargs="*", default=[],
+                   help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
+    p.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
+    p.add_argument("--accuracy", type=fraction, help="of all simulated annotators (default: .75 to .95)")
+    p.add_argument("--length-bias", type=float, default=0.0, help="log-odds for the longer output, with --accuracy")
+    p.add_argument("--position-bias", type=float, default=0.0,
+                   help="log-odds for the output shown first, with --accuracy")
+    add_api_flags(p)
+
+
 def parse(argv):
     """The command line; without a verb it is `sample`."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -885,33 +947,14 @@ def parse(argv):
     refine.add_argument("--by", choices=("model", "api", "reference"),
                         help="who rewrites (default: api if --api is given)")
 
-    prefer.add_argument("--by", choices=("simulated", "reference", "api"), default="simulated", help="who compares")
     prefer.add_argument("--against", help="a baseline's outputs, output_1 of every pair: prints the win rate of --data")
-    prefer.add_argument("--single", action="store_true", help="one annotator in place of the pool of 13")
-    prefer.add_argument("--models", nargs="*", default=[],
-                        help="strong=NAME medium=NAME basic=NAME (default: --api-model)")
-    prefer.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.0, help="labels flipped (AlpacaFarm: 0.25)")
-    prefer.add_argument("--accuracy", type=fraction, help="of all simulated annotators (default: .75 to .95)")
-    prefer.add_argument("--length-bias", type=float, default=0.0,
-                        help="log-odds for the longer output, with --accuracy")
-    prefer.add_argument("--position-bias", type=float, default=0.0,
-                        help="log-odds for the output shown first, with --accuracy")
+    add_annotator_flags(prefer)
 
     for p in (sample, judge, refine, prefer):
         p.add_argument("--data", help="JSON or JSONL to read")
         p.add_argument("--out", help="JSONL to write; next to it .failed.jsonl, .stats.json and .cache.jsonl")
-        p.add_argument("--seed", type=nonnegative_int, default=0, help="of every random choice")
-        p.add_argument("--cache", help="JSONL of stored answers (default: OUT.cache.jsonl)")
-        p.add_argument("--api", help="base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
-        p.add_argument("--api-model", help="the model's name there")
-        p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
-        p.add_argument("--at-once", type=positive_int, default=32, help="calls in flight")
-        p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
-        p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
-        p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
-                       help="dollars per 1M tokens")
-        p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded")
-        p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
+        if p is not prefer:
+            add_api_flags(p)
 
     for p in (sample, judge, refine):
         p.add_argument("--model", help="model directory in Hugging Face layout")
@@ -921,9 +964,6 @@ def parse(argv):
         p.add_argument("--top-p", type=fraction, default=1.0, help="nucleus sampling: only this mass")
         p.add_argument("--top-k", type=nonnegative_int, default=0, help="only the k most likely tokens (0: all)")
         p.add_argument("--max-new-tokens", type=positive_int, default=300, help="longer answers are truncated")
-        p.add_argument("--batch-size", type=positive_int, default=64, help="answers sampled in parallel")
-        p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
-        p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
     return check_args(parser.parse_args(argv))
 
 
