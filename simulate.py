@@ -116,6 +116,15 @@ def score_texts(directory, records, texts, prompt_format=None, dtype="float32", 
     return [list(itertools.islice(scores, len(record_texts))) for record_texts in texts]
 
 
+@torch.no_grad()
+def response_logp(model, rows, device, batch_size=64):
+    """Log-probabilities of responses: rows of (prompt, response), token ids -> a list of (n,), n response tokens."""
+    logp = []
+    for part in chunks(rows, batch_size):
+        logp += model(*collate(part, device)).cpu().split([len(response) for _, response in part])
+    return logp
+
+
 def model_format(directory, prompt_format=None, reward=False):
     """The prompt format of a model directory: the one given, or the one recorded in its config.json."""
     raw = read_config(directory, quiet=True)[1]
@@ -129,17 +138,18 @@ def model_format(directory, prompt_format=None, reward=False):
 
 
 def newest_run():
-    """The newest finished run in out/ that trained a policy in the built-in world."""
-    runs = {}
+    """The newest finished run of the built-in world in out/ that trained a policy."""
+    runs = []
     for path in Path("out").glob("*/config.json"):
-        raw = read_config(path.parent, quiet=True)[1]
-        causal = raw.get("architectures") == ["LlamaForCausalLM"]
-        if causal and raw.get("prompt_format") == "short" and not path.with_name("resume.pt").exists():
-            runs[path.stat().st_mtime_ns] = str(path.parent)
+        config = path.read_text(encoding="utf-8", errors="replace")
+        finished = not path.with_name("resume.pt").exists()
+        if finished and '"LlamaForCausalLM"' in config and '"data": ""' in config:
+            runs.append((path.stat().st_mtime, str(path.parent)))
     if not runs:
-        raise InputError("no model in out/: give --model DIR, or train one: python train_cut.py")
-    print0(f"--model {runs[max(runs)]} (the newest in out/)")
-    return runs[max(runs)]
+        raise InputError("no finished run of the built-in world in out/: start with `python train_cut.py`, or give "
+                         "--model DIR")
+    print0(f"{max(runs)[1]} is the newest run in out/")
+    return max(runs)[1]
 
 
 def conditioned(directory, records):
@@ -154,7 +164,8 @@ def conditioned(directory, records):
 # API client: chat completions from an OpenAI-compatible server
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 520, 522, 529}                  # overload or a passing fault
-FATAL = {401, 402, 403, 404}         # wrong key, no credit, no access, no such address or model: no call can succeed
+FATAL = ("HTTP 401", "HTTP 402", "HTTP 403", "HTTP 404")        # wrong key, no credit, no access, no such address
+NO_CREDIT = "insufficient_quota"     # what a 429 says that stands for an account without credit
 CHARGED = {*range(200, 300), 504, 524}         # a gateway has given up waiting: the server behind it may charge
 REFUSED = {"prompt_tokens": 0, "completion_tokens": 0}
 MOST_BYTES = 10_000_000              # of an answer
@@ -163,11 +174,10 @@ PAUSE = 0.25                         # seconds before a call is sent again, doub
 
 
 class Answer(NamedTuple):
-    text: str | None             # None: the call failed
+    text: str | None = None      # None: the call failed
     reason: str = ""             # of the failure
     truncated: bool = False      # at max_tokens
     usage: dict | None = None    # tokens that were charged; None: unknown
-    fatal: bool = False          # no call can escape this failure
 
 
 class Cache:
@@ -183,7 +193,7 @@ class Cache:
         for line in text.split("\n"):                                    # splitlines() would also split at U+2028
             with contextlib.suppress(Exception):
                 entry = json.loads(line)
-                self._remember(entry.pop("key"), Answer(**{"text": None, **entry, "usage": read_usage(entry)}))
+                self._remember(entry.pop("key"), Answer(**{**entry, "usage": read_usage(entry)}))
 
     @staticmethod
     def key(*parts):
@@ -248,14 +258,15 @@ class Client:
         prompt_price, completion_price = self.args.price or (0.0, 0.0)
         return (usage["prompt_tokens"] * prompt_price + usage["completion_tokens"] * completion_price) / 1e6
 
+    @property
     def stats(self):
         """Calls, tokens and cost of all runs with this cache."""
         used = {name: self.cache.used[name] for name in ("calls", *REFUSED)}
         return {**used, "cost": self.cost(used), "from_cache": self.from_cache}
 
-    def complete(self, payloads, whole=False):
-        """Answers to the payloads, in their order; equal payloads are sent once. `whole`: a truncated answer is a
-        failure. Raises InputError for a fault that no call can escape, after storing what has come in."""
+    def complete(self, payloads):
+        """Answers to the payloads, in their order; equal payloads are sent once. Raises InputError for a fault that no
+        call can escape, after storing what has come in."""
         keys = [Cache.key(self.url, payload) for payload in payloads]
         todo = {k: p for k, p in zip(keys, payloads) if k not in self.cache.answers}
         self.from_cache += len(set(keys)) - len(todo)
@@ -264,13 +275,7 @@ class Client:
             sys.exit(0)
         self.cache.append()
         self._ask(todo)
-        answers = []
-        for key, payload in zip(keys, payloads):
-            answer = self.cache.answers.get(key) or self.failed[key]
-            if whole and answer.truncated:
-                answer = Answer(None, f"truncated: the answer has more than {payload['max_tokens']} tokens")
-            answers.append(answer)
-        return answers
+        return [self.cache.answers.get(key) or self.failed[key] for key in keys]
 
     def _ask(self, todo):
         """Sends {key: payload} and stores what comes."""
@@ -281,7 +286,7 @@ class Client:
                 while self.flying and (len(self.flying) >= self.args.at_once or self._over_budget(most)):
                     self._receive()
                 if self._over_budget(most):
-                    self.failed[key] = Answer(None, f"not sent: --max-cost {self.args.max_cost} could be exceeded")
+                    self.failed[key] = Answer(reason=f"not sent: --max-cost {self.args.max_cost} could be exceeded")
                     continue
                 self.flying[key] = most
                 threading.Thread(target=self._send, args=(key, payload), daemon=True).start()
@@ -296,7 +301,7 @@ class Client:
                 while self.flying:
                     self._receive(max(0, end - time.monotonic()))
             for key, most in self.flying.items():
-                self.cache.add(key, Answer(None, "interrupted", usage=most))
+                self.cache.add(key, Answer(reason="interrupted", usage=most))
 
     def _over_budget(self, most):
         return self.cost(sum(self.flying.values(), self.cache.used + most)) > self.args.max_cost
@@ -305,15 +310,16 @@ class Client:
         """Stores the next answer. What does not say what it used counts with the most that it can."""
         key, answer = self.replies.get(timeout=seconds)
         most = self.flying.pop(key)
-        reason = " ".join(self._hide_key(answer.reason).split())[:300]
-        answer = answer._replace(text=self._hide_key(answer.text), reason=reason,
+        answer = answer._replace(text=self._hide_key(answer.text),
+                                 reason=" ".join(self._hide_key(answer.reason).split())[:300],
                                  usage=most if answer.usage is None else answer.usage)
         self.cache.add(key, answer)
         if answer.text is None:
             self.failed[key] = answer
         self.answered |= answer.text is not None
-        if seconds is None and (answer.fatal or len(self.failed) >= PATIENCE and not self.answered):
-            raise InputError(f"{self.url}: {reason} ({len(self.failed)} calls failed; answers are kept in "
+        fatal = answer.reason.startswith(FATAL) or NO_CREDIT in answer.reason
+        if seconds is None and (fatal or len(self.failed) >= PATIENCE and not self.answered):
+            raise InputError(f"{self.url}: {answer.reason} ({len(self.failed)} calls failed; answers are kept in "
                              f"{self.cache.path})")
 
     def _send(self, key, payload):
@@ -327,26 +333,27 @@ class Client:
 
     def _try(self, payload):
         """One request: (Answer, seconds to wait before the next, or None). What may be charged is not sent again."""
-        usage, text = None, ""
+        usage, pause, text = None, None, ""
         try:
-            status, pause, text = within(self.args.timeout, self._post, payload)
+            status, after, text = within(self.args.timeout, self._post, payload)
             if status == 200:
                 reply = json.loads(text)
                 usage = read_usage(reply)
                 return read_choice(payload, reply["choices"][0])._replace(usage=usage), None
+            reason = f"HTTP {status}:"
+            if status not in CHARGED:
+                usage = REFUSED
+            if status in RETRIED and NO_CREDIT not in text:
+                pause = after
         except Exception as error:                            # whatever is not a complete, well-formed reply
-            never_sent = any(isinstance(cause, MaxRetryError) for cause in error.args)
-            answer = Answer(None, f"{type(error).__name__}: {error} {text}", usage=REFUSED if never_sent else usage)
-            return answer, 0 if never_sent else None
-        code = 402 if status == 429 and "insufficient_quota" in text else status
-        usage = None if status in CHARGED else REFUSED
-        answer = Answer(None, f"HTTP {status}: {text}", usage=usage, fatal=code in FATAL)
-        return answer, pause if code in RETRIED else None
+            reason = f"{type(error).__name__}: {str(error) or 'no complete answer in time'}"
+            if any(isinstance(cause, MaxRetryError) for cause in error.args):             # no connection: never sent
+                usage, pause = REFUSED, 0
+        return Answer(reason=f"{reason} {text}", usage=usage), pause
 
     def _post(self, payload):
         """Sends a payload: (status, seconds that the server asks to wait, body)."""
-        timeout = self.args.timeout
-        with self.session.post(self.url, json=payload, timeout=(min(10, timeout / 2), timeout), stream=True,
+        with self.session.post(self.url, json=payload, timeout=(10, self.args.timeout), stream=True,
                                allow_redirects=False) as reply:
             body = b""
             for block in reply.iter_content(1 << 16):
@@ -379,10 +386,7 @@ def within(seconds, function, *args):
         except Exception as error:
             future.set_exception(error)
     threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no complete answer in {seconds} s") from None
+    return future.result(seconds)
 
 
 def read_usage(body):
@@ -399,12 +403,12 @@ def read_choice(payload, choice):
     """The Answer in a reply's choice. Where log-probabilities were asked for, its text is {token: log-probability}."""
     if payload.get("logprobs"):
         if not choice.get("logprobs"):
-            return Answer(None, "no log-probabilities: this server gives none")
+            return Answer(reason="no log-probabilities: this server gives none")
         top = choice["logprobs"]["content"][0]["top_logprobs"]
         return Answer(json.dumps({entry["token"]: float(entry["logprob"]) for entry in top}))
     text = choice["message"]["content"] or ""
     if not text.strip():
-        return Answer(None, "empty answer")
+        return Answer(reason="empty answer")
     text = text.encode("utf-8", "replace").decode()                       # half a surrogate pair cannot be written
     return Answer(text, truncated=choice.get("finish_reason") == "length")
 
@@ -469,6 +473,8 @@ class Style(NamedTuple):
     label: str                   # pattern of a line with a label: its group is for the first output or the second
     example: str                 # the answer in the worked example
     tokens: int                  # per pair
+    names: str = "ab"            # of the two outputs
+    settings: dict = {}          # of the call
 
 
 CAREFUL = "You value correctness above all: a fluent answer with a false statement loses."
@@ -506,7 +512,8 @@ STYLES = {
                   '{"reason": "a few words", "a_is_better": true or false}',
                   r'\s*\{.*"a_is_better"\s*:\s*(?:(true)|false)\s*\}\s*',
                   '{"reason": "(a) is wrong: 2 plus 2 is 4", "a_is_better": false}', 80),
-    "letter": Style("Answer with one letter and nothing else: `m` for output (m), `M` for output (M).", "", "M", 1),
+    "letter": Style("Answer with one letter and nothing else: `m` for output (m), `M` for output (M).", "", "M", 1,
+                    "mM", {"logprobs": True, "top_logprobs": 5}),
 }
 PAIR = "Pair {number}\nInstruction:\n{instruction}\n\nOutput ({first}):\n{a}\n\nOutput ({second}):\n{b}\n"
 EXAMPLE = {"instruction": "What is 2 plus 2?", "output_1": "It is 5.", "output_2": "4"}
@@ -521,13 +528,12 @@ def show_pair(number, pair, names="ab"):
 def annotator_prompt(annotator, pairs, model):
     """The chat payload that asks an annotator about its pairs (records with output_1 and output_2, in shown order)."""
     style = STYLES[annotator.style]
-    names, settings = ("mM", {"logprobs": True, "top_logprobs": 5}) if annotator.style == "letter" else ("ab", {})
     task = "You compare two outputs for the same instruction and say which is better."
     system = " ".join(filter(None, [task, QUOTED, annotator.persona, style.request]))
     if annotator.example:
         system += f"\n\nAn example:\n{show_pair(1, EXAMPLE)}\n{style.example}"
-    user = "\n".join(show_pair(number, pair, names) for number, pair in enumerate(pairs, 1))
-    return chat(model, user, system, temperature=1.0, max_tokens=style.tokens * annotator.pairs, **settings)
+    user = "\n".join(show_pair(number, pair, style.names) for number, pair in enumerate(pairs, 1))
+    return chat(model, user, system, temperature=1.0, max_tokens=style.tokens * annotator.pairs, **style.settings)
 
 
 def find_labels(text, style):
@@ -535,7 +541,7 @@ def find_labels(text, style):
     is that of Client._read: 1 + P(second output is better)."""
     if style == "letter":
         logp = json.loads(text)
-        preference = preference_from_logprobs(logp.get("m", -math.inf), logp.get("M", -math.inf))
+        preference = preference_from_logprobs(*[logp.get(name, -math.inf) for name in "mM"])
         return [] if preference is None else [preference]
     matches = [re.fullmatch(STYLES[style].label, line) for line in text.splitlines()]
     return [1 if match[1] else 2 for match in matches if match]
@@ -719,41 +725,38 @@ def ask_simulated(seed):
     return annotate
 
 
-def score_labels(args, pairs):
-    """The `annotate` of prefer() that compares two scores: minus the errors (--by reference), a reward model's, or the
-    log-probabilities of the two labels that a model can answer with. A pair is shown in one order, as to an API: it
-    takes half the time of both, and `switched` lets a bias be measured."""
-    if args.by == "reference":
-        check_references(args, pairs, "pair")
-        scores = [[-count_errors(p[f"output_{i}"], p["reference"]) for i in (1, 2)] for p in pairs]
-    elif args.judge_reward:
-        texts = [[pair["output_1"], pair["output_2"]] for pair in pairs]
-        scores = score_texts(args.judge_reward, pairs, texts, args.judge_format, args.dtype,
-                             setup_device(args.device), args.batch_size)
-    else:
-        scores = label_logp(args, pairs)
-    labels = []
-    for first, second in scores:
-        hard = 1.5 if first == second else 1 if first > second else 2
-        labels.append((preference_from_logprobs(first, second) if args.weighted else hard, ""))
-    return labels
+def ask_model(args):
+    """The `annotate` of prefer() that compares two scores: a reward model's, or the log-probabilities of the two labels
+    that --judge-model can answer with. A pair is shown in one order, as to an API: it takes half the time of both, and
+    `switched` lets a bias be measured."""
+    def annotate(pairs, annotators):
+        device = setup_device(args.device)
+        if args.judge_reward:
+            texts = [[pair["output_1"], pair["output_2"]] for pair in pairs]
+            scores = score_texts(args.judge_reward, pairs, texts, args.judge_format, args.dtype, device, args.batch_size)
+        else:
+            scores = label_logp(args, pairs, device)
+        labels = []
+        for first, second in scores:
+            label = 1.5 if first == second else 1 if first > second else 2
+            labels.append((preference_from_logprobs(first, second) if args.weighted else label, ""))
+        return labels
+    return annotate
 
 
-@torch.no_grad()
-def label_logp(args, pairs):
+def label_logp(args, pairs, device):
     """Log-probabilities of the answers `Output (a)` and `Output (b)` by --judge-model: two floats for each pair."""
-    device = setup_device(args.device)
     tokenizer = Tokenizer.from_pretrained(args.judge_model)
     prompt_format = model_format(args.judge_model, args.judge_format)
     model = LLaMA.from_pretrained(args.judge_model, DTYPES[args.dtype], device)
     answers = [tokenizer.encode_response(f"Output ({name})") for name in "ab"]
-    scores = []
-    for pair in tqdm(pairs, "comparing", delay=1, disable=rank() > 0):
+    rows = []
+    for pair in pairs:
         prompt = "\n\n".join(m["content"] for m in annotator_prompt(PROMPTED, [pair], "")["messages"])
         prompt = prompt_ids(tokenizer, {"instruction": prompt}, prompt_format)
-        logp = model(*collate([(prompt, answer) for answer in answers], device))          # the tokens of both answers
-        scores.append([part.sum().item() for part in logp.split([len(answer) for answer in answers])])
-    return scores
+        rows += [(prompt, answer) for answer in answers]
+    logp = [tokens.sum().item() for tokens in response_logp(model, rows, device, args.batch_size)]
+    return zip(logp[::2], logp[1::2])
 
 
 def built_in_preferences(model_directory, seed, noise, device):
@@ -797,14 +800,14 @@ def get_completions(args, records, n=1, template=None, system=""):
     truncated answer is a failure."""
     prompts, client = records, None
     if template:
-        prompts, show = [], quote if args.api else str                   # a judge of ours was trained without marks
+        prompts, show = [], quote if args.by == "api" else str                   # a judge of ours was trained without marks
         for record in records:
             prompt = fill_template(template, instruction=show(whole_instruction(record)), output=show(record["output"]),
                                    judgment=show(record.get("judgment") or ""))
             prompts.append({"instruction": prompt, "input": ""})
-    if args.api:
+    if args.by == "api":
         client = Client(args)
-        answers = api_completions(args, client, prompts, n, system, whole=bool(template))
+        answers = api_completions(args, client, prompts, n, f"{system} {QUOTED}".strip() if template else system)
     else:
         answers = model_completions(args, prompts, n, system)
 
@@ -815,6 +818,8 @@ def get_completions(args, records, n=1, template=None, system=""):
         texts = [answer.text or "" for answer in samples]
         if not "".join(texts).strip():
             reasons.append("empty answer")
+        if template and samples[0].truncated:
+            reasons.append(f"truncated: the answer has more than {args.max_new_tokens} tokens")
         if reasons:
             failed.append({**record, "reason": reasons[0]})
         else:
@@ -822,17 +827,15 @@ def get_completions(args, records, n=1, template=None, system=""):
     return done, failed, client
 
 
-def api_completions(args, client, prompts, n, system, whole):
+def api_completions(args, client, prompts, n, system):
     """An iterator over the Answers of an API, n for each prompt."""
-    if whole:
-        system = f"{system} {QUOTED}".strip()
     settings = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
     payloads = []
     for prompt in prompts:
         for k in range(n):
             seed = 1000 * args.seed + k
             payloads.append(chat(args.api_model, whole_instruction(prompt), system, seed=seed, **settings))
-    return iter(client.complete(payloads, whole))
+    return iter(client.complete(payloads))
 
 
 def model_completions(args, prompts, n, system):
@@ -879,7 +882,7 @@ def write_outputs(args, records, failed, client=None, **counts):
     statistics. Returns the exit code: 1 if something failed and nobody answered."""
     failed_path = Path(f"{args.out}.failed.jsonl")
     reasons = Counter(record["reason"].split(":")[0] for record in failed)
-    stats = {"records": len(records), "failed": len(failed), **counts, **(client.stats() if client else {})}
+    stats = {"records": len(records), "failed": len(failed), **counts, **(client.stats if client else {})}
     if rank() == 0:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write = write_json if args.out.endswith(".json") else write_json_lines
@@ -896,7 +899,7 @@ def write_outputs(args, records, failed, client=None, **counts):
 def sample_command(args):
     records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     samples, failed, client = get_completions(args, records, args.best_of or args.outputs)
-    generator = args.api_model if args.api else args.model
+    generator = args.api_model if args.by == "api" else args.model
     if args.best_of:
         samples = keep_best(args, samples)
         generator += f", best of {args.best_of}"
@@ -979,18 +982,19 @@ def compare_pairs(args, pairs):
     if args.weighted and args.by not in ("api", "model"):
         raise InputError("--weighted needs --by api or --by model: the others know no probabilities")
     if args.by == "api":
-        client, pool = Client(args), SINGLE if args.single else ANNOTATORS
+        client, pool = Client(args), WEIGHTED if args.weighted else ANNOTATORS
         annotate = ask_annotators(client, annotator_models(args), args.seed)
-        pool = WEIGHTED if args.weighted else pool
-    elif args.by == "simulated":
-        check_references(args, pairs, "pair")
-        pool = simulated_pool(args.accuracy, args.length_bias, args.position_bias)
-        pool, annotate = pool[:1] if args.single else pool, ask_simulated(args.seed)
-    else:
-        if args.by == "model" and bool(args.judge_model) == bool(args.judge_reward):
+    elif args.by == "model":
+        if bool(args.judge_model) == bool(args.judge_reward):
             raise InputError("--by model needs --judge-model DIR or --judge-reward DIR")
-        pool = [PROMPTED._replace(name=args.judge_model or args.judge_reward or "reference")]
-        annotate = lambda shown, annotators: score_labels(args, shown)
+        pool, annotate = [PROMPTED._replace(name=args.judge_model or args.judge_reward)], ask_model(args)
+    else:
+        check_references(args, pairs, "pair")
+        pool, annotate = simulated_pool(args.accuracy, args.length_bias, args.position_bias), ask_simulated(args.seed)
+        if args.by == "reference":
+            pool = [Simulated("reference")]
+    if args.single:
+        pool = SINGLE if pool is ANNOTATORS else pool[:1]
     return (*prefer(pairs, pool, annotate, args.noise, args.seed), client)
 
 
@@ -1126,10 +1130,6 @@ def check_args(args):
         raise InputError(f"--out {args.out} is a folder: give the name of a file")
 
     args.by = args.by or ("api" if args.api else "model")
-    if args.by != "api":
-        args.api = None                                                   # --by decides if both are given
-    elif not args.api:
-        raise InputError("--by api needs --api URL and --api-model NAME")
     if args.verb != "prefer" and args.temperature is None:
         args.temperature = 1.0 if args.verb == "sample" and args.best_of else 0.7
     return args

@@ -10,6 +10,9 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +27,7 @@ import torch
 import data
 import simulate
 from data import InputError
-from model import Config, LLaMA
+from model import Config, LLaMA, RewardModel
 from simulate import ANNOTATORS, SINGLE, STYLES, WEIGHTED, Client, chat, find_labels, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +169,7 @@ def test_two_thousand_calls_with_faults(hurry, tmp_path):
     for _ in range(9):
         asker, calls = client(server, tmp_path, timeout=0.8, tries=12), calls + len(failed)
         answers = asker.complete(asked)
-        assert asker.stats()["calls"] == calls and asker.stats()["from_cache"] == 1500 - len(failed)
+        assert asker.stats["calls"] == calls and asker.stats["from_cache"] == 1500 - len(failed)
         failed = [p for p, a in zip(asked, answers) if a.text is None]
         assert all(bool(a.reason) == (a.text is None) for a in answers)
         assert len(stored(tmp_path / "cache.jsonl")) == 1500 - len(failed)
@@ -194,10 +197,10 @@ COSTS = {       # what the server does: the reason of the failure ("": none), wh
     "nested": ((200, {}, "[" * 100000), "RecursionError", "most"),
     "50 MB": ((200, {}, reply("x" * 50_000_000)), "ValueError: the answer is longer", "most"),
     "empty": ("empty", "empty answer", "usage"),
-    "slow": ("slow", "TimeoutError: no complete answer", "most"),
+    "slow": ("slow", "TimeoutError: no complete answer in time", "most"),
     "broken": ("broken", "ChunkedEncodingError", "most"),
-    "dribbled head": ("dribbled head", "TimeoutError: no complete answer", "most"),
-    "dribbled body": ("dribbled body", "TimeoutError: no complete answer", "most"),
+    "dribbled head": ("dribbled head", "TimeoutError: no complete answer in time", "most"),
+    "dribbled body": ("dribbled body", "TimeoutError: no complete answer in time", "most"),
     "endless body": ("endless body", "ValueError: the answer is longer", "most"),
     "redirect": ((307, {"Location": "http://127.0.0.1:9/"}, ""), "HTTP 307", "nothing"),
     "bad request": ((400, {}, "too\n long"), "HTTP 400: too long", "nothing"),
@@ -221,9 +224,9 @@ def test_what_a_call_costs(hurry, tmp_path, name):
     assert answers[1].reason.startswith(reason) and bool(reason) == bool(answers[1].reason)
     assert server.calls == 3 and len(stored(tmp_path / "cache.jsonl")) == 3 - bool(reason)
     costs = {"usage": 12 + 16, "most": 12 + 16 + 16, "nothing": 0}
-    assert asker.stats()["cost"] == pytest.approx((2 * (12 + 16) + costs[cost]) / 1000)
-    rerun = client(server, tmp_path, price=(1000.0, 2000.0)).stats()
-    assert rerun == {**asker.stats(), "from_cache": 0} and rerun["calls"] == 3
+    assert asker.stats["cost"] == pytest.approx((2 * (12 + 16) + costs[cost]) / 1000)
+    rerun = client(server, tmp_path, price=(1000.0, 2000.0)).stats
+    assert rerun == {**asker.stats, "from_cache": 0} and rerun["calls"] == 3
 
 
 @pytest.mark.parametrize("fault, at_once", [(None, 8), (None, 1), ("empty", 8), ("slow", 8), ("broken", 8)])
@@ -236,7 +239,7 @@ def test_max_cost_is_never_passed(tmp_path, fault, at_once):
     answers = asker.complete(questions(300, words=2))
     time.sleep(0.7 if fault == "slow" else 0)
     spent = sum(1e-3 * p + 2e-3 * c for p, c in (usage_of(p).values() for p in server.payloads))
-    cost = asker.stats()["cost"]
+    cost = asker.stats["cost"]
     assert spent <= cost + 1e-9 <= 6.0 + 2e-9
     assert cost == pytest.approx(spent) or fault not in (None, "empty")
     assert sum(a.text is not None for a in answers) >= (75 if fault is None else 25)
@@ -289,6 +292,73 @@ def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
     assert len(stored(tmp_path / "cache.jsonl")) == 20
 
 
+@pytest.mark.parametrize("fault", [(200, {}, "<html>"), (400, {}, "no"), "empty", "broken"])
+def test_nothing_but_failures_end_the_run(tmp_path, fault):
+    """A wrong address that answers HTML takes 512 calls, or a run in which nothing succeeded is a success."""
+    server = Server(fault=lambda number, payload: fault, seconds=0.01)
+    with pytest.raises(InputError, match="20 calls failed"):
+        client(server, tmp_path, at_once=4).complete(questions(512))
+    assert server.calls <= 24
+    done, failed, _ = run("judge", server, OUTPUTS[:3], tmp_path / "out", "--by", "api")
+    assert not done and len(failed) == 3                                    # run() asserts exit code 1
+
+
+def test_answers_that_cannot_be_stored_are_not_paid(tmp_path):
+    """An unwritable output is noticed after 89 paid calls."""
+    server = Server()
+    with pytest.raises(InputError, match="cannot be written"):
+        run("judge", server, OUTPUTS, tmp_path / "out", "--by", "api", "--cache", write(tmp_path / "x", []) + "/cache")
+    assert server.calls == 0
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "https:///v1"])
+def test_addresses_without_a_scheme_or_server(tmp_path, url):
+    """A missing scheme reads as a server that is not there."""
+    with pytest.raises(InputError, match="begins with http:// or https://"):
+        client(url, tmp_path)
+
+
+@pytest.mark.parametrize("scheme, reason", [("http", "Connection aborted"), ("https", "SSLError")])
+def test_faults_have_names(hurry, tmp_path, scheme, reason):
+    """A TLS error or a connection that breaks reads as a server that is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        def close():
+            connection, _ = listening.accept()
+            connection.recv(10_000)
+            connection.sendall(b"neither TLS nor a head" if scheme == "https" else b"")
+            connection.close()
+        threading.Thread(target=close, daemon=True).start()
+        address = f"{scheme}://127.0.0.1:{listening.getsockname()[1]}/v1"
+        answer, = client(address, tmp_path, tries=1).complete(questions(1))
+    assert reason in answer.reason and "refused" not in answer.reason
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_ends_a_run_at_once(tmp_path, signals):
+    """Ctrl-C waits for every call in flight, ends in a traceback, loses answers, or the calls that it left are not
+    counted; the command that it prints does not go on."""
+    server = Server(answer=lambda p: "perfect", fault=lambda number, p: "slow" if number % 2 else None, slow=9)
+    out, records = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", OUTPUTS)
+    argv = [sys.executable, "simulate.py", "judge", "--by", "api", "--api", server.url, "--api-model", "m", "--data",
+            records, "--out", str(out)]
+    p = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cache = Path(f"{out}.cache.jsonl")
+    while not cache.exists() or len(stored(cache)) < 10:
+        assert p.poll() is None
+        time.sleep(0.02)
+    began = time.monotonic()
+    for _ in range(signals):
+        p.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said, errors = p.communicate()
+    assert p.returncode == 130 and time.monotonic() - began < (2.5 if signals == 1 else 1.0)
+    assert "Traceback" not in errors and f"{cache} are kept" in said and len(stored(cache)) == 10
+    server.fault = lambda number, p: None
+    assert simulate.main(shlex.split(said[said.index("python simulate.py"):])[2:]) == 0
+    stats = json.loads(Path(f"{out}.stats.json").read_text())
+    assert stats["calls"] == server.calls == 30 and stats["records"] == 20 and stats["from_cache"] == 10
+
+
 def test_an_address_that_nobody_answers(hurry, tmp_path):
     """A mistyped address fails every record after minutes of retries, or a server that is gone for a while ends the
     run and charges what was never sent."""
@@ -297,12 +367,12 @@ def test_an_address_that_nobody_answers(hurry, tmp_path):
     server, asked = Server(), questions(3)
     asker = client(server, tmp_path, tries=2, price=(1e3, 1e3))
     asker.complete(asked[:1])
-    before = asker.stats()["cost"]
+    before = asker.stats["cost"]
     server.shutdown()
     server.server_close()
     asker.session.close()                                                   # no connection is left open
     assert [a.text is None and "Connection" in a.reason for a in asker.complete(asked)] == [False, True, True]
-    assert asker.stats()["cost"] == pytest.approx(before)
+    assert asker.stats["cost"] == pytest.approx(before)
 
 
 @pytest.mark.parametrize("header, least", [("60", 60), ("date", 58), ("86400", 600), ("nonsense", 0)])
@@ -398,9 +468,10 @@ def run(verb, server, records, out, *more):
     path = write(f"{out}.in.jsonl", records)
     code = simulate.main([verb, "--api", server.url, "--api-model", "m", "--data", path, "--out", str(out),
                           *map(str, more)])
-    assert code == (not lines(out))
+    assert code == (data.read_json(out, empty=True) == [])
     failed = Path(f"{out}.failed.jsonl")
-    return lines(out), lines(failed) if failed.exists() else [], json.loads(Path(f"{out}.stats.json").read_text())
+    stats = json.loads(Path(f"{out}.stats.json").read_text())
+    return data.read_json(out, empty=True), lines(failed) if failed.exists() else [], stats
 
 
 INSTRUCTIONS = [{"id": f"x{i}", "instruction": f"Say {i}.", "input": "" if i % 2 else f"input {i}", "more": i}
@@ -430,7 +501,7 @@ def test_sampling_through_an_api(tmp_path, n):
 
 def test_judging_and_refining_through_an_api(tmp_path):
     """Praise in a whole sentence becomes criticism, criticism that mentions perfection becomes praise, or a truncated
-    judgment passes as whole; good answers are rewritten as well, or the rejected one is not kept beside the new."""
+    judgment passes as whole or is paid at every rerun; good answers are rewritten as well, or the rejected ones lost."""
     replies = {0: "Perfect.", 1: "The response is perfect", 2: ' "Perfect!" ', 3: "perfect", 4: "It is perfect.",
                5: "Perfect spelling, but 7 is wrong.", 6: "The response is perfect, except for 6.", 7: "Not perfect."}
     cut = json.dumps({"choices": [{"message": {"content": "It is per"}, "finish_reason": "length"}]})
@@ -444,6 +515,8 @@ def test_judging_and_refining_through_an_api(tmp_path):
     assert [r["judgment"] for r in judged[:9]] == [None] * 5 + [replies[5], replies[6], replies[7], "8 is wrong."]
     assert [r["id"] for r in failed] == ["x9", "x10"] and failed[1]["reason"].startswith("truncated")
     assert (len(judged), stats["perfect"], stats["criticized"], stats["failed"]) == (18, 5, 13, 2)
+    assert run("judge", server, OUTPUTS, tmp_path / "judged.jsonl", "--by", "api")[:2] == (judged, failed)
+    assert server.calls == 21                                               # the refused one, not the truncated
     p = next(p for p in server.payloads if number(p) == 2)
     assert [m["role"] for m in p["messages"]] == ["system", "user"] and p["temperature"] == 0
     for text in ("> Say 2.\n> \n> input 2\n", "> answer 2 {output} {judgment}\n"):
@@ -458,8 +531,8 @@ def test_judging_and_refining_through_an_api(tmp_path):
                        "was_judged": old["judgment"]}
 
 
-SHOWN = re.compile(r"Pair \d+\nInstruction:\n> (.*?)\n\nOutput \([am]\):\n> (.*?)\n\nOutput \([bM]\):\n> (.*?)\n(?=\nPair|\Z)",
-                   re.S)
+SHOWN = re.compile(r"Pair \d+\nInstruction:\n> (.*?)\n\nOutput \([am]\):\n> (.*?)\n\nOutput \([bM]\):\n> (.*?)\n"
+                   r"(?=\nPair|\Z)", re.S)
 
 
 def pairs_shown(payload):
@@ -535,6 +608,42 @@ def test_preferences_of_one_judge(tmp_path):
                               "--single", "--against", write(tmp_path / "base.jsonl", base))
     assert len(done) == 45 and stats["win_rate"] == pytest.approx(35 / 45)
     assert stats["win_rate_se"] == pytest.approx(math.sqrt(35 / 45 * 10 / 45 / 44))
+
+
+def weigh(payload):
+    """The reply of a judge that likes "good" outputs with probability 0.8, as log-probabilities of its first token."""
+    (_, first, _), = pairs_shown(payload)
+    top = {"m": 0.8, "M": 0.2, "x": 1e-9} if "good" in first else {"M": 0.8, "m": 0.2}
+    entries = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
+    logprobs = {"content": [{**entries[0], "top_logprobs": entries}]}
+    return (200, {}, json.dumps({"choices": [{"message": {"content": "m"}, "logprobs": logprobs}]}))
+
+
+def test_preferences_of_the_weighted_judge(tmp_path):
+    """The order shown is not undone in a probability, the answer has more than one token, or a server that gives no
+    log-probabilities is asked to the end."""
+    server, pairs = Server(fault=lambda number, p: weigh(p)), make_pairs(30)
+    done, failed, _ = run("prefer", server, pairs, tmp_path / "out.json", "--by", "api", "--weighted")
+    assert not failed and {r["switched"] for r in done} == {True, False}
+    for r in done:
+        assert r["preference"] == pytest.approx(1.2 if "good" in r["output_1"] else 1.8)
+    p = server.payloads[0]
+    assert (p["max_tokens"], p["temperature"], p["logprobs"], p["top_logprobs"]) == (1, 1.0, True, 5)
+    assert run("prefer", server, pairs, tmp_path / "out.json", "--by", "api", "--weighted")[0] == done
+    assert server.calls == 30
+    done, failed, _ = run("prefer", Server(), pairs[:3], tmp_path / "none", "--by", "api", "--weighted")
+    assert not done and {r["reason"][:20] for r in failed} == {"no log-probabilities"}
+    with pytest.raises(InputError, match="--by api or --by model"):
+        run("prefer", server, pairs, tmp_path / "out", "--weighted")
+
+
+def test_what_cannot_be_compared_is_an_error(tmp_path):
+    """`prefer` succeeds with nothing: a win rate of 0.5 for files without common instructions, and exit code 0."""
+    base = write(tmp_path / "base.jsonl", [{"instruction": "other", "output": "x"}])
+    with pytest.raises(InputError, match="no pair to compare"):
+        run("prefer", Server(), OUTPUTS, tmp_path / "out", "--by", "api", "--against", base)
+    done, failed, stats = run("prefer", Server(answer=lambda p: "both"), make_pairs(5), tmp_path / "out", "--by", "api")
+    assert not done and len(failed) == 5 and stats["parse_rate"] == 0       # run() asserts exit code 1
 
 
 @pytest.mark.parametrize("verb, records, more", [
@@ -688,6 +797,56 @@ def save_model(directory, seed=0):
 @pytest.fixture
 def model(tmp_path):
     return save_model(tmp_path / "model")
+
+
+def test_a_model_compares(model, tmp_path):
+    """--by model takes the worse output, the order shown decides without being undone, or --weighted is not heeded; a
+    model of the other kind fails without saying what it is; or --by reference names an annotator never asked."""
+    reward = RewardModel.from_backbone(LLaMA.from_pretrained(model))
+    reward.save_pretrained(tmp_path / "reward", data.world_tokenizer(), extra={"prompt_format": "short"})
+    pairs = two_answers(12, "The answer is 12.", "It eats figs.")
+    path = write(tmp_path / "pairs.jsonl", pairs)
+
+    def prefer(*more):
+        assert simulate.main(["prefer", "--data", path, "--out", str(tmp_path / "out.jsonl"), *more]) == 0
+        return lines(tmp_path / "out.jsonl")
+    by_reward = ["--by", "model", "--judge-reward", str(tmp_path / "reward")]
+    by_model = ["--by", "model", "--judge-model", str(model)]
+    texts = [[p["output_1"], p["output_2"]] for p in pairs]
+    scores = simulate.score_texts(tmp_path / "reward", pairs, texts)
+    hard, soft = prefer(*by_reward), prefer(*by_reward, "--weighted")
+    assert {r["switched"] for r in hard} == {True, False} and {r["annotator"] for r in hard} == {by_reward[-1]}
+    assert [r["preference"] for r in hard] == [1 if first > second else 2 for first, second in scores]
+    assert [r["preference"] for r in soft] == pytest.approx([2 - 1 / (1 + math.exp(b - a)) for a, b in scores])
+    hard, soft = prefer(*by_model), prefer(*by_model, "--weighted")
+    assert all((r["preference"] > 1.5) == (s["preference"] == 2) for r, s in zip(soft, hard)) and hard != soft
+    assert {r["annotator"] for r in prefer("--by", "reference")} == {"reference"}
+    for wrong in (["--by", "model"], ["--by", "model", "--judge-model", str(tmp_path / "reward")]):
+        with pytest.raises(InputError, match="--judge-model DIR|is a reward model"):
+            prefer(*wrong)
+
+
+def test_without_a_model_the_newest_run_is_asked(model, tmp_path, monkeypatch, capsys):
+    """`--prompt` alone is an error, or asks a reward model, an unfinished run or an older one; a verb that does not
+    exist is taken for a flag's value."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="python train_cut.py"):
+        simulate.main(["--prompt", "x"])
+    for i, name in enumerate(("old", "new", "unfinished", "reward")):
+        shutil.copytree(model, tmp_path / "out" / name)
+        config = tmp_path / "out" / name / "config.json"
+        raw = json.loads(config.read_text())
+        kind = "LlamaForSequenceClassification" if name == "reward" else "LlamaForCausalLM"
+        config.write_text(json.dumps({**raw, "architectures": [kind], "run": {"data": ""}}))
+        os.utime(config, (i, i))
+    (tmp_path / "out" / "unfinished" / "resume.pt").touch()
+    assert simulate.main(["--prompt", "x", "--max-new-tokens", "3", "--device", "cpu"]) in (0, 1)
+    assert f"{Path('out', 'new')} is the newest run" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is a reward model"):
+        simulate.main(["--prompt", "x", "--model", "out/reward"])
+    with pytest.raises(SystemExit):
+        parse(["sampel", "--prompt", "x"])
+    assert "invalid choice: 'sampel'" in capsys.readouterr().err
 
 
 def sampling(model, tmp_path, out, *more):
