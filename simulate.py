@@ -235,7 +235,9 @@ class Client:
             raise InputError(f"--api {args.api}: a URL begins with http:// or https:// and the name of a server")
         if args.max_cost < math.inf and args.price is None:
             raise InputError("--max-cost needs --price PROMPT COMPLETION, in dollars per million tokens")
-        self.args, self.url = args, args.api.rstrip("/") + "/chat/completions"
+        self.url = args.api.rstrip("/") + "/chat/completions"
+        self.at_once, self.timeout, self.tries, self.dry_run = args.at_once, args.timeout, args.tries, args.dry_run
+        self.price, self.max_cost = args.price, args.max_cost
         self.key = os.environ.get(args.key_env, "").strip()
         if not re.fullmatch("[!-~]*", self.key):                          # http.client's own error would show it
             raise InputError(f"the API key in {args.key_env} contains a space or a non-ASCII character: copy it again")
@@ -255,7 +257,7 @@ class Client:
 
     def cost(self, usage):
         """Dollars; 0 without --price."""
-        prompt_price, completion_price = self.args.price or (0.0, 0.0)
+        prompt_price, completion_price = self.price or (0.0, 0.0)
         return (usage["prompt_tokens"] * prompt_price + usage["completion_tokens"] * completion_price) / 1e6
 
     @property
@@ -270,7 +272,7 @@ class Client:
         keys = [Cache.key(self.url, payload) for payload in payloads]
         todo = {k: p for k, p in zip(keys, payloads) if k not in self.cache.answers}
         self.from_cache += len(set(keys)) - len(todo)
-        if self.args.dry_run:
+        if self.dry_run:
             self.print_estimate(todo.values())
             sys.exit(0)
         self.cache.append()
@@ -279,14 +281,14 @@ class Client:
 
     def _ask(self, todo):
         """Sends {key: payload} and stores what comes."""
-        patience = self.args.timeout
+        patience = self.timeout
         try:
             for key, payload in tqdm(todo.items(), "calls", delay=1):
                 most = Counter(prompt_tokens=prompt_bytes(payload), completion_tokens=payload["max_tokens"])
-                while self.flying and (len(self.flying) >= self.args.at_once or self._over_budget(most)):
+                while self.flying and (len(self.flying) >= self.at_once or self._over_budget(most)):
                     self._receive()
                 if self._over_budget(most):
-                    self.failed[key] = Answer(reason=f"not sent: --max-cost {self.args.max_cost} could be exceeded")
+                    self.failed[key] = Answer(reason=f"not sent: --max-cost {self.max_cost} could be exceeded")
                     continue
                 self.flying[key] = most
                 threading.Thread(target=self._send, args=(key, payload), daemon=True).start()
@@ -304,7 +306,7 @@ class Client:
                 self.cache.add(key, Answer(reason="interrupted", usage=most))
 
     def _over_budget(self, most):
-        return self.cost(sum(self.flying.values(), self.cache.used + most)) > self.args.max_cost
+        return self.cost(sum(self.flying.values(), self.cache.used + most)) > self.max_cost
 
     def _receive(self, seconds=None):
         """Stores the next answer. What does not say what it used counts with the most that it can."""
@@ -318,15 +320,16 @@ class Client:
             self.failed[key] = answer
         self.answered |= answer.text is not None
         fatal = answer.reason.startswith(FATAL) or NO_CREDIT in answer.reason
-        if seconds is None and (fatal or len(self.failed) >= PATIENCE and not self.answered):
+        hopeless = len(self.failed) >= PATIENCE and not self.answered and not self.from_cache
+        if seconds is None and (fatal or hopeless):
             raise InputError(f"{self.url}: {answer.reason} ({len(self.failed)} calls failed; answers are kept in "
                              f"{self.cache.path})")
 
     def _send(self, key, payload):
         """Brings the Answer to a payload, after at most --tries tries. Runs in a thread of its own."""
-        for number in range(1, self.args.tries + 1):
+        for number in range(1, self.tries + 1):
             answer, pause = self._try(payload)
-            if pause is None or number == self.args.tries:
+            if pause is None or number == self.tries:
                 break
             time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
         self.replies.put((key, answer))
@@ -335,7 +338,7 @@ class Client:
         """One request: (Answer, seconds to wait before the next, or None). What may be charged is not sent again."""
         usage, pause, text = None, None, ""
         try:
-            status, after, text = within(self.args.timeout, self._post, payload)
+            status, after, text = within(self.timeout, self._post, payload)
             if status == 200:
                 reply = json.loads(text)
                 usage = read_usage(reply)
@@ -353,7 +356,7 @@ class Client:
 
     def _post(self, payload):
         """Sends a payload: (status, seconds that the server asks to wait, body)."""
-        with self.session.post(self.url, json=payload, timeout=(10, self.args.timeout), stream=True,
+        with self.session.post(self.url, json=payload, timeout=(10, self.timeout), stream=True,
                                allow_redirects=False) as reply:
             body = b""
             for block in reply.iter_content(1 << 16):
@@ -371,7 +374,7 @@ class Client:
                  "completion_tokens": sum(payload["max_tokens"] for payload in payloads)}
         print0(f"{len(payloads)} calls to send, {self.from_cache} answers in the cache: about "
                f"{usage['prompt_tokens']} prompt tokens, at most {usage['completion_tokens']} completion tokens")
-        cost = f"at most ${self.cost(usage):.2f}" if self.args.price else "unknown without --price PROMPT COMPLETION"
+        cost = f"at most ${self.cost(usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
         print0(f"cost: {cost}")
 
 
@@ -733,7 +736,8 @@ def ask_model(args):
         device = setup_device(args.device)
         if args.judge_reward:
             texts = [[pair["output_1"], pair["output_2"]] for pair in pairs]
-            scores = score_texts(args.judge_reward, pairs, texts, args.judge_format, args.dtype, device, args.batch_size)
+            scores = score_texts(args.judge_reward, pairs, texts, args.judge_format, args.dtype, device,
+                                 args.batch_size)
         else:
             scores = label_logp(args, pairs, device)
         labels = []
@@ -800,7 +804,7 @@ def get_completions(args, records, n=1, template=None, system=""):
     truncated answer is a failure."""
     prompts, client = records, None
     if template:
-        prompts, show = [], quote if args.by == "api" else str                   # a judge of ours was trained without marks
+        prompts, show = [], quote if args.by == "api" else str            # models of ours are trained without marks
         for record in records:
             prompt = fill_template(template, instruction=show(whole_instruction(record)), output=show(record["output"]),
                                    judgment=show(record.get("judgment") or ""))
@@ -829,12 +833,11 @@ def get_completions(args, records, n=1, template=None, system=""):
 
 def api_completions(args, client, prompts, n, system):
     """An iterator over the Answers of an API, n for each prompt."""
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
     payloads = []
     for prompt in prompts:
         for k in range(n):
-            seed = 1000 * args.seed + k
-            payloads.append(chat(args.api_model, whole_instruction(prompt), system, seed=seed, **settings))
+            payloads.append(chat(args.api_model, whole_instruction(prompt), system, seed=1000 * args.seed + k,
+                                 temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens))
     return iter(client.complete(payloads))
 
 
@@ -844,8 +847,7 @@ def model_completions(args, prompts, n, system):
         if args.verb != "sample":
             raise InputError("no model to ask: give --model DIR, or --api URL and --api-model NAME")
         args.model = newest_run()
-    device = setup_device(args.device)
-    tokenizer = Tokenizer.from_pretrained(args.model)
+    tokenizer, device = Tokenizer.from_pretrained(args.model), setup_device(args.device)
     prompt_format = model_format(args.model, args.format)
     records = conditioned(args.model, prompts)
     if system:
@@ -855,9 +857,7 @@ def model_completions(args, prompts, n, system):
     # A key is everything that decides the samples: weights, options, the prompt and its number.
     files = sorted(Path(args.model).glob("*model*"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    keys = []
-    for i, record in enumerate(records):
-        keys.append(Cache.key(weights, prompt_format, options, i, question(record)))
+    keys = [Cache.key(weights, prompt_format, options, i, question(record)) for i, record in enumerate(records)]
     cache = Cache(args)
     cache.append()
     todo = [i for i, key in enumerate(keys) if key not in cache.answers]
@@ -871,10 +871,7 @@ def model_completions(args, prompts, n, system):
             for i, samples in zip(part, texts):
                 cache.add(keys[i], Answer(samples))
             bar.update(n * len(part))
-    answers = []
-    for key in keys:
-        answers += map(Answer, cache.answers[key].text)
-    return iter(answers)
+    return map(Answer, itertools.chain.from_iterable(cache.answers[key].text for key in keys))
 
 
 def write_outputs(args, records, failed, client=None, **counts):

