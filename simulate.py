@@ -14,10 +14,11 @@ Four verbs read and write JSON files:
 
 The judge (--by): `reference` compares with the right answer word by word; `simulated` stands in for AlpacaFarm's
 pool of API annotators, offline, with given accuracy and biases; `api` asks an OpenAI-compatible server; `model` asks
-a model directory, prompted or fine-tuned (train_sft.py --recipe judge).
+a model directory, prompted or fine-tuned (train_sft.py --recipe judge; prefer: --judge-model, or --judge-reward).
 
-Next to OUT stand OUT.failed.jsonl (records without an answer, with the reason), OUT.stats.json, and OUT.cache.jsonl
-(every answer as it came: a rerun only asks for what is missing).
+Next to OUT (JSON Lines, or a JSON list if its name ends in .json) stand OUT.failed.jsonl (records without an answer,
+with the reason), OUT.stats.json (of all runs: what they cost), and OUT.cache.jsonl (every answer as it came, and what
+every call used: a rerun only asks for what is missing). The exit code is 1 if nothing succeeded, 130 after Ctrl-C.
 """
 import argparse
 import contextlib
@@ -1040,11 +1041,11 @@ def add_api_flags(p):
     p.add_argument("--api-model", help="the model's name there")
     p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
     p.add_argument("--at-once", type=positive_int, default=32, help="calls in flight")
-    p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
+    p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds that a try takes at most")
     p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
     p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
                    help="dollars per 1M tokens")
-    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded")
+    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded by all runs with this cache")
     p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
     p.add_argument("--batch-size", type=positive_int, default=64, help="responses sampled or scored in parallel")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
@@ -1097,7 +1098,7 @@ def parse(argv):
 
     for p in (sample, judge, refine, prefer):
         p.add_argument("--data", help="JSON or JSONL to read")
-        p.add_argument("--out", help="JSONL to write; next to it .failed.jsonl, .stats.json and .cache.jsonl")
+        p.add_argument("--out", help="JSON Lines to write, or X.json: a JSON list")
         if p is not prefer:
             add_api_flags(p)
 

@@ -298,11 +298,14 @@ def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
 
 @pytest.mark.parametrize("fault", [(200, {}, "<html>"), (400, {}, "no"), "empty", "broken"], ids=str)
 def test_nothing_but_failures_end_the_run(tmp_path, fault):
-    """A wrong address that answers HTML takes 512 calls, or a run in which nothing succeeded is a success."""
-    server = Server(fault=lambda number, payload: fault, seconds=0.01)
+    """A wrong address that answers HTML takes 512 calls, a run in which nothing succeeded is a success, or a rerun ends
+    because all that is left fails."""
+    server = Server(fault=lambda number, payload: fault if number else None, seconds=0.01)
+    answers = [client(server, tmp_path / "one").complete(questions(n))[-1] for n in (1, 30)]
+    assert answers[0].text and answers[1].reason
     with pytest.raises(InputError, match="20 calls failed"):
         client(server, tmp_path, at_once=4).complete(questions(512))
-    assert server.calls <= 24
+    assert server.calls <= 30 + 24
     done, failed, _ = run("judge", server, OUTPUTS[:3], tmp_path / "out", "--by", "api")
     assert not done and len(failed) == 3                                    # run() asserts exit code 1
 
@@ -602,6 +605,7 @@ def test_preferences_of_the_weighted_judge(tmp_path):
     server, pairs = Server(fault=lambda number, p: weigh(p)), make_pairs(30)
     done, failed, _ = run("prefer", server, pairs, tmp_path / "out.json", "--by", "api", "--weighted")
     assert not failed and {r["switched"] for r in done} == {True, False}
+    assert json.loads((tmp_path / "out.json").read_text()) == done          # the name asks for a list
     for r in done:
         assert r["preference"] == pytest.approx(1.2 if "good" in r["output_1"] else 1.8)
     p = server.payloads[0]
