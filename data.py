@@ -59,7 +59,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file, or download it again"):
-    """Context in which a user's file is read. Whatever goes wrong in it, from a missing file to a RecursionError, becomes
+    """Context in which a user's file is read. Whatever goes wrong in it, a missing file or a RecursionError, becomes
     an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
     try:
         if not Path(path).is_file():                        # a directory, or a pipe, which could be waited for
@@ -72,7 +72,7 @@ def reading(path, remedy="give another file, or download it again"):
         raise InputError(f"{path}: cannot be read ({cause[:300]}): {remedy}") from error
 
 
-# What steers a terminal: control characters other than newline and tab, and marks that turn the direction of the text.
+# What steers a terminal: control characters, but for newline and tab, and marks that turn the direction of the text.
 # Unpaired surrogates cannot be printed at all.
 UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -164,20 +164,19 @@ class Tokenizer:
     """A sentencepiece model. BOS and EOS are added here and nowhere else. There is no pad token: losses skip padding by
     IGNORE, so the ids in padded positions never matter."""
 
-    def __init__(self, serialized, source="tokenizer"):
+    def __init__(self, serialized):
         self.serialized = serialized
         self.directory = None                               # where the companion files are
         self.sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp.LoadFromSerializedProto(serialized)
-        except RuntimeError:
-            raise InputError(f"{source}: not a sentencepiece model (LLaMA 3's has tiktoken's format): "
-                             "use LLaMA, LLaMA 2 or another checkpoint with a sentencepiece tokenizer") from None
+        self.sp.LoadFromSerializedProto(serialized)
         self.bos = self.sp.bos_id()
         self.eos = self.sp.eos_id()
         self.vocab_size = self.sp.vocab_size()
         if min(self.bos, self.eos) < 0:
-            raise InputError(f"{source}: the tokenizer has no BOS or no EOS piece; both are needed")
+            raise ValueError("the tokenizer has no BOS or no EOS piece; both are needed")
+        # Characters of the longest token. Without byte pieces, one token stands for any number of unknown characters.
+        longest = max(len(self.sp.id_to_piece(i)) for i in range(self.vocab_size))
+        self.longest = longest if any(map(self.sp.is_byte, range(self.vocab_size))) else math.inf
         # sentencepiece puts a space in front of every text. A response continues its prompt, so it must not get one:
         # we encode newline + response and drop what belongs to the newline. The ids equal those of the joined text.
         self.newline = self.sp.encode("\n")
@@ -190,17 +189,13 @@ class Tokenizer:
         path, config = directory / "tokenizer.model", directory / "config.json"
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory (python train_cut.py makes the built-in models)")
-        if not path.is_file():
-            raise InputError(f"{path}: no sentencepiece tokenizer here (tokenizer.json is another format): LLaMA and "
-                             "LLaMA 2 checkpoints have one, LLaMA 3's do not")
-        tokenizer = cls(path.read_bytes(), path)
+        with reading(path, "use a checkpoint with a sentencepiece tokenizer, such as LLaMA's or LLaMA 2's; LLaMA 3's "
+                           "and tokenizer.json are of other formats"):
+            tokenizer = cls(path.read_bytes())
         tokenizer.directory = directory
-        try:
+        with reading(config, "a model directory needs the config.json of its model, with vocab_size"):
             rows = json.loads(config.read_bytes())["vocab_size"]
             fits = tokenizer.vocab_size <= rows
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{config}: cannot read vocab_size ({error!r}): a model directory needs the config.json "
-                             "of its model") from None
         if not fits:
             raise InputError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary "
                              f"only {rows}: they do not belong together")
@@ -219,19 +214,19 @@ class Tokenizer:
     def save(self, directory):
         """Writes tokenizer.model and what transformers and vLLM need beside it: the companion files of the directory
         that it came from, else our own."""
-        directory = Path(directory)
-        (directory / "tokenizer.model").write_bytes(self.serialized)
-        copied = set()
+        directory, files = Path(directory), {"tokenizer.model": self.serialized}
         if self.directory:
             home = self.directory.resolve()
             # A link may lead to the directory itself or to the blobs of Hugging Face's cache, not elsewhere.
-            trusted = (home, home.parent.parent / "blobs")
+            trusted = (home, home.parent.parent / "blobs" if home.parent.name == "snapshots" else home)
             for name in COMPANIONS:
                 source = (home / name).resolve()
                 if source.is_file() and source.parent in trusted:
-                    (directory / name).write_bytes(source.read_bytes())
-                    copied.add(name)
-        if "tokenizer_config.json" in copied:
+                    files[name] = source.read_bytes()
+        for name, content in files.items():
+            with atomic_write(directory / name) as temporary:
+                temporary.write_bytes(content)
+        if "tokenizer_config.json" in files:
             return
         write_json(directory / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -290,6 +285,12 @@ class Tokenizer:
             if ids[1] == self.sp.unk_id():
                 raise InputError("this tokenizer has no byte pieces, which control tokens are: use a LLaMA tokenizer")
         return ids + self.sp.encode(text)
+
+    def is_longer(self, text, count):
+        """Whether a text has certainly more than `count` tokens, told from its characters: no token has more of them
+        than the longest piece. (Normalizing may take characters away, and puts a space in front.)"""
+        most = count * self.longest + 1
+        return len(text) > most and len(self.sp.normalize(text)) > most
 
     def encode_response(self, text):
         """Response ids, EOS included: a model that never sees EOS supervised never stops."""
@@ -371,27 +372,19 @@ def prompt_ids(tokenizer, record, prompt_format, judgment=None):
 
 
 def read_json(path, empty=False):
-    """Reads a JSON list of objects or JSON Lines, also gzipped. A file without records is an error, unless `empty`."""
+    """Reads a JSON list of objects, JSON Lines or, in a file named .txt, an instruction a line; also gzipped (.gz). A file
+    without records is an error, unless `empty`."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
+    with reading(path, "expected a JSON list or JSON Lines, in UTF-8"):
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): save it as UTF-8, or download it again") from None
-
-    records, number = [], 0
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
+        if path.suffix == ".txt":
+            lines = text.replace("\r\n", "\n").split("\n")                  # splitlines() would also split at U+2028
+            records = [{"instruction": line} for line in lines if line.strip()]
         else:
-            for number, line in enumerate(text.split("\n"), 1):             # splitlines() would also split at U+2028
-                if line.strip():
-                    records.append(json.loads(line))
-    except ValueError as error:
-        where = f"line {number} is " if number else ""
-        raise InputError(f"{path}: {where}not JSON ({error}); expected a JSON list or one JSON object a line") from None
+            records = json_values(text)
+    if len(records) == 1 and isinstance(records[0], list):
+        records, = records
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: record {i} is {type(record).__name__}, not an object with keys")
@@ -400,16 +393,77 @@ def read_json(path, empty=False):
     return records
 
 
+def json_values(text):
+    """The JSON values that follow each other in a text. An error tells line and column."""
+    space, decoder, values = re.compile(r"\s*"), json.JSONDecoder(), []
+    place = space.match(text).end()
+    while place < len(text):
+        value, place = decoder.raw_decode(text, place)
+        values.append(value)
+        place = space.match(text, place).end()
+    return values
+
+
+# Our keys, and those of other common layouts that stand for them. A list under one of them is a chat.
+ALIASES = {
+    "instruction": ("messages", "chosen", "prompt"),
+    "output": ("messages", "response", "completion"),
+    "output_1": ("chosen", "output"),
+    "output_2": ("rejected",),
+}
+ROLES = ("system", "user", "assistant")
+
+
+def find_alias(record, name):
+    """(the key that stands for our key `name` in this record, what it says), or (None, None)."""
+    for key in ALIASES[name]:
+        value = record.get(key)
+        if isinstance(value, list):
+            value = one_turn(key, value)[name == "instruction"]
+        elif key == "chosen" and name == "instruction":     # a text, so the answer alone
+            continue
+        if value is not None:
+            return key, value
+    return None, None
+
+
+def one_turn(key, messages):
+    """A chat, a list of messages with role and content -> (answer, instruction), None for what is not there. A system
+    text stands above the instruction."""
+    chat = {message["role"]: message["content"] for message in messages}
+    if len(chat) < len(messages) or list(chat) != [role for role in ROLES if role in chat]:
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"{key!r} has the roles {roles}; only one turn is supported: system, user, assistant")
+    asked = [chat[role] for role in ROLES[:2] if role in chat]
+    return chat.get("assistant"), "\n\n".join(asked) if "user" in chat else None
+
+
+def fill_in(path, records, names):
+    """Gives the records our keys where they have those of another common layout, and prints what was taken for what."""
+    taken = {}
+    for i, record in enumerate(records):
+        for name in names:
+            if name in ALIASES and name not in record:
+                with reading(path, f"record {i}"):
+                    key, value = find_alias(record, name)
+                if key:
+                    record[name], taken[name] = value, key
+    if taken:
+        print0(f"{path}: " + ", ".join(f"{key!r} is taken for {name!r}" for name, key in taken.items()))
+
+
 def check_record(path, i, record, *keys):
     """Checks that the keys of record i hold texts, and returns the record with absent optional keys filled in.
 
     "key" must be a text, "key|null" a text or null, "key?" may also be absent (then it is null; input is empty)."""
+    original = record
     for key in keys:
         name = key.removesuffix("?").removesuffix("|null")
         if key.endswith("?"):
             record = {name: "" if name == "input" else None, **record}
         if name not in record:
-            raise InputError(f"{path}: record {i} has no key {name!r}; it has {sorted(record)}")
+            names = " or ".join(map(repr, (name, *ALIASES.get(name, ()))))
+            raise InputError(f"{path}: record {i} has no key {names}; it has {sorted(original)}")
         value = record[name]
         if value is None and key != name:
             continue
@@ -425,8 +479,10 @@ def check_record(path, i, record, *keys):
 
 
 def read_records(path, *keys):
-    """Records whose keys are texts, written as in check_record."""
-    return [check_record(path, i, record, *keys) for i, record in enumerate(read_json(path))]
+    """Records whose keys, written as in check_record, are texts; each may have a name of ALIASES instead."""
+    records = read_json(path)
+    fill_in(path, records, keys)
+    return [check_record(path, i, record, *keys) for i, record in enumerate(records)]
 
 
 def read_instructions(path):
@@ -461,21 +517,27 @@ def read_pairs(path):
     return records
 
 
-def read_preferences(path, ties=False):
+def read_preferences(path, ties=False, failed=False):
     """Preference pairs in AlpacaFarm's layout: instruction, input, output_1, output_2, preference (1, 2, or between: a
-    judge's probability that output_2 is better, plus 1; 1.5 is a tie). Ties and pairs of equal texts carry no
-    preference: they are left out and counted, unless `ties`. Also reads what `simulate.py refine` writes, `output`
-    preferred to `rejected` (ILF-DPO)."""
+    judge's probability that output_2 is better, plus 1; 1.5 is a tie, for which older files write 0). Ties and pairs of
+    equal texts carry no preference: they are left out and counted, unless `ties`. With `failed`, records that the
+    annotator failed at (AlpacaEval writes null, NaN or -1) are kept, with preference None.
+
+    Where a record says which text is `rejected`, the other one is `chosen` (the usual layout for DPO) or `output` (what
+    `simulate.py refine` writes, ILF-DPO)."""
+    pairs = read_records(path, "instruction", "input?", "output_1", "output_2")
+    zero_is_tie = any(r.get("preference") == 2 for r in pairs)              # else labels may be 0 and 1
     records, left_out = [], 0
-    for i, r in enumerate(read_json(path)):
-        if "rejected" in r and "output_1" not in r:
-            check_record(path, i, r, "output", "rejected")
-            r.update(output_1=r["output"], output_2=r["rejected"], preference=1)
-        r = check_record(path, i, r, "instruction", "input?", "output_1", "output_2")
-        preference = r.get("preference")
-        if not isinstance(preference, (int, float)) or not 1 <= preference <= 2:
+    for i, r in enumerate(pairs):
+        preference = r.get("preference", 1 if "rejected" in r else None)
+        if preference == 0 and zero_is_tie:
+            preference = 1.5
+        if failed and (preference in (None, -1) or preference != preference):
+            preference = None
+        elif type(preference) not in (int, float) or not 1 <= preference <= 2:
             raise InputError(f"{path}: record {i}: 'preference' is {preference!r}, expected a number from 1 to 2; "
-                             "1.5 is a tie (older files write 0 for it: replace it)")
+                             "1.5 is a tie")
+        r["preference"] = preference
         if not ties and (preference == 1.5 or r["output_1"] == r["output_2"]):
             left_out += 1
         else:
@@ -602,9 +664,13 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
     EOS. With hindsight the judgment, if any, becomes part of the one prompt: (x, j-) -> y."""
     if not records:
         raise InputError("no records left to train on after filtering")
-    examples, too_long, names = [], [], set()
+    examples, too_long, longest, names = [], [], 0, set()
     for i, r in enumerate(records):
         judgment = r.get("judgment")
+        texts = (r["instruction"], r.get("input") or "", judgment or "", r["output"])
+        if any(tokenizer.is_longer(text, max_length) for text in texts):    # such a text may take minutes and gigabytes
+            too_long.append(str(r.get("id", i)))
+            continue
         prompt = prompt_ids(tokenizer, r, prompt_format, judgment if hindsight else None)
         judged = None
         if judgment is not None and not hindsight:
@@ -614,11 +680,13 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
             name = f"{name}#{i}"
         names.add(name)
         example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged)
-        fits = example.size() <= max_length
-        (examples if fits else too_long).append(example)
+        longest = max(longest, example.size())
+        if example.size() <= max_length:
+            examples.append(example)
+        else:
+            too_long.append(name)
     if too_long:
-        longest = max(e.size() for e in too_long)
-        first = ", ".join(e.id for e in too_long[:5])
+        first = ", ".join(too_long[:5])
         print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
                f"{longest} (ids {first} ...): see --max-length")
     if not examples:
@@ -994,47 +1062,58 @@ def sha256_of(path):
 
 
 def download(address, path, sha256=""):
-    """Downloads a file to `path`, going on from PATH.part where an earlier download stopped. Its length is checked, and
-    its SHA-256 against the one given or, where none is known, the one that the server states for large files."""
+    """Downloads a JSON file to `path`. Where the connection breaks it goes on from PATH.part, if the file is certainly the
+    same: by its ETag or, in a later call, by the SHA-256 given. Checked are the length, and the SHA-256 that is given or
+    that the server states for large files; where there is none, whether the content is JSON."""
     path, part = Path(path), Path(f"{path}.part")
     if path.is_file() and sha256 in ("", sha256_of(path)):
-        print(f"{path}: already here")
+        print0(f"{path}: already here")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
+    part.open("ab" if sha256 else "wb").close()
     session = requests.Session()
     patient = HTTPAdapter(max_retries=Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504)))
     session.mount("http://", patient)
     session.mount("https://", patient)
+    version = {}                                            # the ETag, once the server has said it
     while True:
         have = part.stat().st_size
         try:
-            stated = download_rest(session, address, part)
+            stated = download_rest(session, address, part, version)
             break
-        except requests.RequestException as error:
-            if part.stat().st_size <= have:                 # else the body was cut off: ask for the rest
-                raise InputError(f"{address}: {error}: run this again to go on from {part}; with no network, download "
-                                 f"it elsewhere, put it at {path}, and run this again") from None
+        except requests.RequestException as error:          # ask for the rest if the body was cut off
+            if part.stat().st_size <= have or not (sha256 or version.get("ETag")):
+                raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it "
+                                 f"at {path}, and run this again") from None
     found, wanted = sha256_of(part), sha256 or stated
     if wanted and found != wanted:
         part.unlink()
         raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
                          "changed: run this again, and if it stays so, compare with the publisher")
     os.replace(part, path)
-    print(f"{path}: {path.stat().st_size} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
+    try:
+        read_json(path)
+    except InputError:
+        path.unlink()
+        raise
+    print0(f"{path}: {path.stat().st_size} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
 
 
-def download_rest(session, address, part):
-    """Requests what `part` still lacks and appends it. Returns the SHA-256 that the server states, or ""."""
+def download_rest(session, address, part, version):
+    """Requests what `part` still lacks and appends it, if the file still has the ETag in `version`; else starts over.
+    Returns the SHA-256 that the server states, or ""."""
     have = part.stat().st_size
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-", "If-Range": version.get("ETag")}
     with session.get(address, headers=headers, stream=True, timeout=(10, 60)) as r:
-        if r.status_code == 416 and have:                   # no such bytes: the part is whole already, or too long
-            part.write_bytes(b"")
-            return download_rest(session, address, part)
+        other = r.headers.get("ETag") != version.get("ETag", r.headers.get("ETag"))
+        if have and (r.status_code == 416 or r.status_code == 206 and other):
+            part.write_bytes(b"")                           # another version, or more than there is
+            version.clear()
+            return download_rest(session, address, part, version)
         r.raise_for_status()
-        if r.status_code == 200:                            # the server ignores Range and starts over
+        if r.status_code == 200:                            # the server ignores Range, or has another version
             have = 0
+        version["ETag"] = r.headers.get("ETag")
         total = have + int(r.headers.get("Content-Length", 0))
         with open(part, "ab" if have else "wb") as file, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
@@ -1095,15 +1174,13 @@ def convert(name, source, folder):
     path = Path(folder, source.name.split(".")[0] + ".judged.jsonl")
     records, left_out = [], 0
     for i, original in enumerate(read_json(source)):
-        try:
+        with reading(source, f"record {i} is not in the layout of {name}"):
             converted = list(CONVERTERS[name]({"id": i, **original}))
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise InputError(f"{source}: record {i} is not in the layout of {name}: {error!r}") from None
         left_out += converted.count(None)
         for record in filter(None, converted):
             records.append(check_record(source, i, record, "instruction", "input?", "output", "judgment|null"))
     write_json_lines(path, records)
-    print(f"{path}: {len(records)} judged responses; left out {left_out} that are empty, skipped by the labeler or "
+    print0(f"{path}: {len(records)} judged responses; left out {left_out} that are empty, skipped by the labeler or "
           "without a refinement")
     return path
 
@@ -1131,7 +1208,7 @@ def main(argv=None):
             path, keys = folder / "ask.jsonl", ("id", "instruction", "input", "reference")
             asked = World(args.seed).instructions("validation", 300)
             write_json_lines(path, [{key: r[key] for key in keys} for r in asked])
-            print(f"{path}: {len(asked)} instructions of world {args.seed}")
+            print0(f"{path}: {len(asked)} instructions of world {args.seed}")
         elif args.file:
             convert(name, args.file, folder)
         else:

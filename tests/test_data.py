@@ -43,7 +43,7 @@ def tokenizer(request, words):
         return words
     if not path.is_file():
         pytest.skip("no shared/data/llama/tokenizer.model")
-    return Tokenizer(path.read_bytes(), path)
+    return Tokenizer(path.read_bytes())
 
 
 def save_tiny_model(directory, tokenizer):
