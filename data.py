@@ -69,7 +69,7 @@ def reading(path, remedy="give another file, or download it again"):
         raise
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: cannot be read ({cause[:300]}): {remedy}") from error
+        raise InputError(f"{path}: cannot be read ({cause[:150]}): {remedy}") from error
 
 
 # What steers a terminal: control characters, but for newline and tab, and marks that turn the direction of the text.
@@ -372,19 +372,18 @@ def prompt_ids(tokenizer, record, prompt_format, judgment=None):
 
 
 def read_json(path, empty=False):
-    """Reads a JSON list of objects, JSON Lines or, in a file named .txt, an instruction a line; also gzipped (.gz). A file
+    """Reads a JSON list of objects, JSON Lines or, in a file named .txt, an instruction a line; also gzipped. A file
     without records is an error, unless `empty`."""
     path = Path(path)
-    with reading(path, "expected a JSON list or JSON Lines, in UTF-8"):
+    with reading(path, "expected a JSON list, or a JSON object a line, in UTF-8"):
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-        if path.suffix == ".txt":
-            lines = text.replace("\r\n", "\n").split("\n")                  # splitlines() would also split at U+2028
-            records = [{"instruction": line} for line in lines if line.strip()]
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        if ".txt" in path.suffixes:
+            records = [{"instruction": line.strip()} for line in text.split("\n") if line.strip()]
         else:
-            records = json_values(text)
-    if len(records) == 1 and isinstance(records[0], list):
-        records, = records
+            if not text.lstrip().startswith("["):           # lines: with commas between them, errors tell the line
+                text = "[" + re.sub(r"(?<=\S)(\s*\n\s*)(?=\S)", r",\1", text) + "]"
+            records = json.loads(text)
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: record {i} is {type(record).__name__}, not an object with keys")
@@ -393,63 +392,39 @@ def read_json(path, empty=False):
     return records
 
 
-def json_values(text):
-    """The JSON values that follow each other in a text. An error tells line and column."""
-    space, decoder, values = re.compile(r"\s*"), json.JSONDecoder(), []
-    place = space.match(text).end()
-    while place < len(text):
-        value, place = decoder.raw_decode(text, place)
-        values.append(value)
-        place = space.match(text, place).end()
-    return values
-
-
-# Our keys, and those of other common layouts that stand for them. A list under one of them is a chat.
+# Our keys, and those of other common layouts that stand for them: each a text, or a chat (a list of messages).
 ALIASES = {
     "instruction": ("messages", "chosen", "prompt"),
     "output": ("messages", "response", "completion"),
     "output_1": ("chosen", "output"),
     "output_2": ("rejected",),
 }
-ROLES = ("system", "user", "assistant")
 
 
-def find_alias(record, name):
-    """(the key that stands for our key `name` in this record, what it says), or (None, None)."""
-    for key in ALIASES[name]:
-        value = record.get(key)
-        if isinstance(value, list):
-            value = one_turn(key, value)[name == "instruction"]
-        elif key == "chosen" and name == "instruction":     # a text, so the answer alone
-            continue
-        if value is not None:
-            return key, value
-    return None, None
-
-
-def one_turn(key, messages):
-    """A chat, a list of messages with role and content -> (answer, instruction), None for what is not there. A system
-    text stands above the instruction."""
-    chat = {message["role"]: message["content"] for message in messages}
-    if len(chat) < len(messages) or list(chat) != [role for role in ROLES if role in chat]:
-        roles = [message["role"] for message in messages]
+def instruction_and_answer(key, value):
+    """What the key of another layout holds: (instruction, answer), None for what it does not. In a chat of one turn, a
+    system message stands above the instruction; several turns are a ValueError."""
+    if not isinstance(value, list):
+        return (value, None) if key == "prompt" else (None, value)
+    roles, texts = [m["role"] for m in value], [m["content"] for m in value]
+    if not re.fullmatch("(system )?(user )?(assistant )?", "".join(f"{role} " for role in roles)):
         raise ValueError(f"{key!r} has the roles {roles}; only one turn is supported: system, user, assistant")
-    asked = [chat[role] for role in ROLES[:2] if role in chat]
-    return chat.get("assistant"), "\n\n".join(asked) if "user" in chat else None
+    answer = texts.pop() if "assistant" in roles else None
+    return "\n\n".join(texts) or None, answer
 
 
-def fill_in(path, records, names):
-    """Gives the records our keys where they have those of another common layout, and prints what was taken for what."""
+def fill_in(path, records, name):
+    """Gives records that lack the key `name` what stands for it in other layouts, and prints what that was."""
     taken = {}
     for i, record in enumerate(records):
-        for name in names:
-            if name in ALIASES and name not in record:
-                with reading(path, f"record {i}"):
-                    key, value = find_alias(record, name)
-                if key:
-                    record[name], taken[name] = value, key
+        for key in ALIASES[name] if name not in record else ():
+            with reading(path, f"record {i}"):
+                value = instruction_and_answer(key, record.get(key))[name != "instruction"]
+            if value is not None:
+                taken[key] = record[name] = value
+                break
     if taken:
-        print0(f"{path}: " + ", ".join(f"{key!r} is taken for {name!r}" for name, key in taken.items()))
+        print0(f"{path}: {' or '.join(taken)} is taken for {name}")
 
 
 def check_record(path, i, record, *keys):
@@ -462,8 +437,7 @@ def check_record(path, i, record, *keys):
         if key.endswith("?"):
             record = {name: "" if name == "input" else None, **record}
         if name not in record:
-            names = " or ".join(map(repr, (name, *ALIASES.get(name, ()))))
-            raise InputError(f"{path}: record {i} has no key {names}; it has {sorted(original)}")
+            raise InputError(f"{path}: record {i} has no key {name!r}; it has {sorted(original)}")
         value = record[name]
         if value is None and key != name:
             continue
@@ -481,7 +455,8 @@ def check_record(path, i, record, *keys):
 def read_records(path, *keys):
     """Records whose keys, written as in check_record, are texts; each may have a name of ALIASES instead."""
     records = read_json(path)
-    fill_in(path, records, keys)
+    for name in [name for name in ALIASES if name in keys]:
+        fill_in(path, records, name)
     return [check_record(path, i, record, *keys) for i, record in enumerate(records)]
 
 
@@ -505,11 +480,10 @@ def read_pairs(path):
     """What `simulate.py prefer` compares: instruction, input (optional), and either output_1 and output_2 or a list of
     texts `output`."""
     records = read_records(path, "instruction", "input?")
-    is_pair = ["output_1" in r or "output" not in r for r in records]
     for i, r in enumerate(records):
-        if is_pair[i] != is_pair[0]:
+        if ("output_1" in r) != ("output_1" in records[0]):
             raise InputError(f"{path}: records 0 and {i} differ: one is a pair, the other a list of outputs")
-        if is_pair[i]:
+        if "output_1" in r or "output" not in r:
             check_record(path, i, r, "output_1", "output_2")
             r.pop("output", None)
         elif not (isinstance(r["output"], list) and all(isinstance(text, str) for text in r["output"])):
@@ -664,31 +638,27 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
     EOS. With hindsight the judgment, if any, becomes part of the one prompt: (x, j-) -> y."""
     if not records:
         raise InputError("no records left to train on after filtering")
-    examples, too_long, longest, names = [], [], 0, set()
+    examples, too_long, names = [], [], set()
     for i, r in enumerate(records):
-        judgment = r.get("judgment")
-        texts = (r["instruction"], r.get("input") or "", judgment or "", r["output"])
-        if any(tokenizer.is_longer(text, max_length) for text in texts):    # such a text may take minutes and gigabytes
-            too_long.append(str(r.get("id", i)))
+        judgment, name = r.get("judgment"), str(r.get("id", i))
+        if tokenizer.is_longer(format_prompt(r, prompt_format, judgment) + r["output"], max_length):
+            too_long.append(name)                           # its tokens would take time and memory for nothing
             continue
         prompt = prompt_ids(tokenizer, r, prompt_format, judgment if hindsight else None)
         judged = None
         if judgment is not None and not hindsight:
             judged = prompt_ids(tokenizer, r, prompt_format, judgment)
-        name = str(r.get("id", i))
         if name in names:                                   # ids of joined files may repeat
             name = f"{name}#{i}"
         names.add(name)
         example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged)
-        longest = max(longest, example.size())
         if example.size() <= max_length:
             examples.append(example)
         else:
-            too_long.append(name)
+            too_long.append(f"{name} of {example.size()}")
     if too_long:
-        first = ", ".join(too_long[:5])
-        print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
-               f"{longest} (ids {first} ...): see --max-length")
+        print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens (ids "
+               f"{', '.join(too_long[:5])} ...): see --max-length")
     if not examples:
         raise InputError(f"no record fits in {max_length} tokens: raise --max-length")
     return examples
@@ -1056,77 +1026,49 @@ DOWNLOADS = {
 }
 
 
-def sha256_of(path):
-    """SHA-256 of a file in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def download(address, path, sha256=""):
-    """Downloads a JSON file to `path`. Where the connection breaks it goes on from PATH.part, if the file is certainly the
-    same: by its ETag or, in a later call, by the SHA-256 given. Checked are the length, and the SHA-256 that is given or
-    that the server states for large files; where there is none, whether the content is JSON."""
-    path, part = Path(path), Path(f"{path}.part")
-    if path.is_file() and sha256 in ("", sha256_of(path)):
+    """Downloads a JSON file to `path`, whole and checked or not at all: its length, and its SHA-256, the one given or
+    the one that the server states for large files. Where there is none, the content has to be JSON."""
+    path = Path(path)
+    if path.is_file() and sha256 in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
         print0(f"{path}: already here")
         return
+    try:
+        body, stated = receive(address)
+    except requests.RequestException as error:
+        raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it at "
+                         f"{path}, and run this again") from None
+    found, wanted = hashlib.sha256(body).hexdigest(), sha256 or stated
+    if wanted and found != wanted:
+        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
+                         "changed: run this again, and if it stays so, compare with the publisher")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.open("ab" if sha256 else "wb").close()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(body)
+        if not wanted:
+            read_json(temporary)
+    print0(f"{path}: {len(body)} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
+
+
+def receive(address):
+    """Downloads (the content, the SHA-256 that the server states or ""), always from the beginning: parts could be of
+    two versions of the file."""
     session = requests.Session()
     patient = HTTPAdapter(max_retries=Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504)))
     session.mount("http://", patient)
     session.mount("https://", patient)
-    version = {}                                            # the ETag, once the server has said it
-    while True:
-        have = part.stat().st_size
-        try:
-            stated = download_rest(session, address, part, version)
-            break
-        except requests.RequestException as error:          # ask for the rest if the body was cut off
-            if part.stat().st_size <= have or not (sha256 or version.get("ETag")):
-                raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it "
-                                 f"at {path}, and run this again") from None
-    found, wanted = sha256_of(part), sha256 or stated
-    if wanted and found != wanted:
-        part.unlink()
-        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
-                         "changed: run this again, and if it stays so, compare with the publisher")
-    os.replace(part, path)
-    try:
-        read_json(path)
-    except InputError:
-        path.unlink()
-        raise
-    print0(f"{path}: {path.stat().st_size} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
-
-
-def download_rest(session, address, part, version):
-    """Requests what `part` still lacks and appends it, if the file still has the ETag in `version`; else starts over.
-    Returns the SHA-256 that the server states, or ""."""
-    have = part.stat().st_size
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-", "If-Range": version.get("ETag")}
-    with session.get(address, headers=headers, stream=True, timeout=(10, 60)) as r:
-        other = r.headers.get("ETag") != version.get("ETag", r.headers.get("ETag"))
-        if have and (r.status_code == 416 or r.status_code == 206 and other):
-            part.write_bytes(b"")                           # another version, or more than there is
-            version.clear()
-            return download_rest(session, address, part, version)
+    with session.get(address, headers={"Accept-Encoding": "identity"}, stream=True, timeout=(10, 60)) as r:
         r.raise_for_status()
-        if r.status_code == 200:                            # the server ignores Range, or has another version
-            have = 0
-        version["ETag"] = r.headers.get("ETag")
-        total = have + int(r.headers.get("Content-Length", 0))
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
+        length, body = int(r.headers.get("Content-Length", 0)), bytearray()
+        with tqdm(total=length, unit="B", unit_scale=True, desc=address) as bar:
             for block in r.iter_content(1 << 16):
-                file.write(block)
+                body += block
                 bar.update(len(block))
-        if part.stat().st_size < total:
-            raise requests.ConnectionError("the body was cut off")
-        for hop in (*r.history, r):                         # Hugging Face states it in a redirect
-            etag = hop.headers.get("X-Linked-Etag", "").strip('"')
-            if len(etag) == 64:
-                return etag
-    return ""
+    if len(body) < length:
+        raise requests.ConnectionError(f"only {len(body)} of {length} bytes came")
+    # Hugging Face states it in a redirect.
+    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*r.history, r)]
+    return body, next((etag for etag in etags if len(etag) == 64), "")
 
 
 def shepherd_records(record):
