@@ -56,6 +56,9 @@ class InputError(ValueError):
     """Invalid user input: a file, a record or a flag. The message is one line that names it and the remedy. Scripts
     print only that line; any other exception is a bug of ours and keeps its traceback."""
 
+    def __init__(self, message):
+        super().__init__(printable(message).replace("\n", "\\n")[:1000])      # whatever a file's name or content is
+
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file, or download it again"):

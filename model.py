@@ -473,7 +473,7 @@ def load_adapter(model, directory):
                 raise InputError(f"{path}: {key} is {config[key]!r}, which is not implemented")
         saved = {name.removeprefix("base_model.model."): t for name, t in read_safetensors(weights).items()}
         ranks = {len(t) for name, t in saved.items() if name.endswith("lora_A.weight")}
-        if ranks != {config["r"]} or not 0 < config["lora_alpha"] < math.inf:       # before any memory is taken
+        if ranks != {config["r"]} or not 0 < config["lora_alpha"] < 2**20:       # before any memory is taken
             raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}, weights of rank {sorted(ranks)}")
         add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
     copy_weights(trained_weights(model), saved, weights)

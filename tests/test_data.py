@@ -84,8 +84,9 @@ def test_whatever_goes_wrong_while_a_file_is_read_names_it(error, tmp_path):
     path = put(tmp_path / "x", "")
     refused(lambda: fail_to_read(path, error), path, type(error).__name__, "mend it")
     refused(lambda: fail_to_read(path, InputError("as it is")), "as it is")
-    for nothing in (tmp_path / "absent", tmp_path, "a\0b", "a" * 5000):
+    for nothing in (tmp_path / "absent", tmp_path, "a" * 500):
         refused(lambda: fail_to_read(nothing, AssertionError), nothing, "mend it")
+    refused(lambda: fail_to_read("a\0b\n" * 10**5, AssertionError), "a\\x00b\\na")
     with pytest.raises(KeyboardInterrupt):
         fail_to_read(path, KeyboardInterrupt())
 
