@@ -278,21 +278,22 @@ def load_pairs(args, device):
     path = args.data or built_in_preferences(args.model, args.seed, args.noise, device)
     tokenizer = Tokenizer.from_pretrained(args.model)
     records = read_preferences(path)
+    # AlpacaFarm's split: a permutation with seed 42, of which the last pairs are held out.
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(42)).tolist()
     pairs = []
-    for r in records:
+    for r in (records[i] for i in order):
         prompt = prompt_ids(tokenizer, r, args.format)
         chosen, rejected = map(tokenizer.encode_response, chosen_and_rejected(r))
         pairs.append(Pair(r, prompt, chosen, rejected))
-    pairs = [p for p in pairs if p.size() <= args.max_length]
-    if too_long := len(records) - len(pairs):
-        print0(f"left out {too_long} of {len(records)} pairs longer than {args.max_length} tokens")
-    if not 0 < args.held_out < len(pairs):
-        raise InputError(f"{path}: {len(pairs)} pairs fit in --max-length {args.max_length}, and --held-out "
-                         f"{args.held_out} leaves none to train on: use at most {max(1, len(pairs) // 10)}")
-    generator = torch.Generator().manual_seed(42)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    pairs = [pairs[i] for i in order]
-    return tokenizer, pairs[args.held_out:], pairs[:args.held_out]
+    count = args.held_out or min(500, max(1, len(pairs) // 10))
+    train = [p for p in pairs[:-count] if p.size() <= args.max_length]
+    held_out = [p for p in pairs[-count:] if p.size() <= args.max_length]
+    if too_long := len(pairs) - len(train) - len(held_out):
+        print0(f"left out {too_long} of {len(pairs)} pairs longer than {args.max_length} tokens")
+    if not (train and held_out):
+        raise InputError(f"{path}: of {len(pairs)} pairs {len(train)} are left to train on and {len(held_out)} to hold "
+                         f"out: raise --max-length {args.max_length}, or give --held-out {max(1, len(pairs) // 10)}")
+    return tokenizer, train, held_out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -681,7 +682,7 @@ def write_samples(path, step, asked, rollouts, task):
 
 def evaluate_and_save(policy, task, run, args, device):
     """Restores the best checkpoint, measures it on the test instructions if there are any, and saves it."""
-    curve = run.state["curve"]
+    curve, control = run.state["curve"], task.control
     results = {"curve": curve}
     if curve:
         barrier()                                                # best.pt is there
@@ -689,18 +690,20 @@ def evaluate_and_save(policy, task, run, args, device):
         weights = torch.load(Path(args.out, "best.pt"), map_location="cpu", weights_only=True)
         copy_weights(trained_weights(policy), weights, args.out)
         results.update(best)
+        if best["step"] == 0:                                    # the SFT model, to which control tokens mean nothing
+            control = None
         for name, c in (("SFT", curve[0]), ("best", best), ("last", curve[-1])):
             print0(f"validation, {name}, step {c['step']}: gold {c['gold']:.3f}, reward {c['proxy']:.2f}")
     else:
         print0("this is the last step's model; with --validation and --gold-reward it would be the best on validation")
     if task.test:
         _, before = answer_errors(load_policy(args, device), task.tokenizer, task.test, args.format)
-        _, errors = answer_errors(policy, task.tokenizer, with_control(task.test, task.control), args.format)
+        _, errors = answer_errors(policy, task.tokenizer, with_control(task.test, control), args.format)
         results.update(sft=exact_match(before), exact_match=exact_match(errors))
         results["win_rate"], results["win_rate_se"] = win_rate(errors, before)
         print0(f"exact match on {len(errors)} test instructions: SFT {results['sft']:.3f}, now "
                f"{results['exact_match']:.3f}; win rate {results['win_rate']:.3f} +- {results['win_rate_se']:.3f}")
-    train_sft.save_run(policy, task.tokenizer, args, reward_token=task.control)
+    train_sft.save_run(policy, task.tokenizer, args, reward_token=control)
     if rank() == 0:
         results.update(seconds=run.seconds(), peak_memory_bytes=peak_memory(device))
         write_json(Path(args.out, "results.json"), results)
@@ -879,7 +882,8 @@ def main(argv=None):
 
 
 def add_pair_flags(p):
-    p.add_argument("--held-out", type=positive_int, default=500, help="pairs kept for measuring accuracy")
+    p.add_argument("--held-out", type=positive_int, help="pairs kept for measuring accuracy (default: a tenth, at most "
+                   "500)")
     p.add_argument("--steps", type=positive_int, help="optimizer steps (default: from --epochs)")
     p.add_argument("--epochs", type=in_range(float, 1e-6), help="passes over the pairs, if --steps is not given")
     p.add_argument("--warmup", type=fraction, default=0.03, help="fraction of the steps; then cosine decay")

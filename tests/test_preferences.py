@@ -636,6 +636,31 @@ def test_the_best_checkpoint_is_golds(small, tmp_path, monkeypatch):
     assert [all(torch.equal(saved[k], w[k]) for k in saved) for w in kept] == [False, True, False]
 
 
+@pytest.mark.parametrize("golds, token", [((.9, .5, .1), None), ((.1, .9, .5), 0)])
+def test_control_tokens_mean_nothing_to_the_sft_model(small, tmp_path, monkeypatch, golds, token):
+    """Quark's step 0, chosen without a control token, then tested and saved with one."""
+    monkeypatch.setattr(train_ppo, "validate", lambda models, task, step, token, args, device: {
+        "step": step, "proxy": 0.0, "gold": golds[step // 2]})
+    run(small, "quark", tmp_path / "out", "--validation", small.files["validation"], "--gold-reward", small.adapter,
+        "--eval-every", 2, "--quantiles", "all")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["reward_token"] == token
+
+
+def test_held_out_pairs_are_those_of_the_released_reward_models(small):
+    """The head of the permutation held out in place of its tail, or the permutation of the pairs that fit: the
+    published reward models would be measured on pairs that they were trained on."""
+    records = data.read_preferences(small.files["pairs"])
+    rows = [[r["instruction"], r["output_1"], r["output_2"]] for r in records]
+    sizes = [len(rows) - 5, 5]
+    _, expected = torch.utils.data.random_split(rows, sizes, torch.Generator().manual_seed(42))
+    for max_length in (256, 24):
+        args = flags(small, "reward", "none", "--held-out", 5, "--max-length", max_length)
+        _, train, held_out = train_ppo.load_pairs(train_ppo.parse(args), CPU)
+        found = [[p.record["instruction"], p.record["output_1"], p.record["output_2"]] for p in held_out]
+        assert found == [row for row in expected if row in found] and 0 < len(found) <= 5
+        assert not any(p.record in [q.record for q in train] for p in held_out)
+
+
 def test_gold_is_the_second_reward_model_or_the_truth(small):
     """The reward model that is optimized as its own judge, texts beside their references, or sampled responses where
     exact match is measured."""
@@ -676,7 +701,7 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch):
     refused("ppo", "--dtype bfloat16 with all weights", "--dtype", "bfloat16")
     refused("ppo", "--steps 4 is less than --warmup 5", "--warmup", 5)
     refused("quark", "--rollouts 3 is less than the 4 quantiles", "--rollouts", 3)
-    refused("dpo", "--held-out 100 leaves none to train on", "--held-out", 100)
+    refused("dpo", "of 26 pairs 0 are left to train on and 26 to hold out.* --held-out 2", "--held-out", 100)
     with monkeypatch.context() as patch:
         patch.setattr(model, "available_memory", lambda device: 10 ** 6)
         refused("ppo", "this run takes about .*: lower --micro-batch-size")
