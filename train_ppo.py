@@ -50,9 +50,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train_sft
 from data import (
-    IGNORE, Batches, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks, collate, count_errors,
-    fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids, read_instructions, read_preferences,
-    run_main, write_json, write_json_lines)
+    IGNORE, Batches, HelpFormatter, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks,
+    collate, count_errors, fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids,
+    read_instructions, read_preferences, reading, run_main, write_json, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (
     explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
@@ -687,8 +687,9 @@ def evaluate_and_save(policy, task, run, args, device):
     if curve:
         barrier()                                                # best.pt is there
         best = max(curve, key=lambda c: c["gold"])
-        weights = torch.load(Path(args.out, "best.pt"), map_location="cpu", weights_only=True)
-        copy_weights(trained_weights(policy), weights, args.out)
+        with reading(path := Path(args.out, "best.pt")):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            copy_weights(trained_weights(policy), weights, path)
         results.update(best)
         if best["step"] == 0:                                    # the SFT model, to which control tokens mean nothing
             control = None
@@ -800,8 +801,9 @@ def shared_adapter(args):
     path = Path(args.reward, "adapter", "adapter_config.json")
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return path.parent if base and Path(base).resolve() == Path(args.model).resolve() else None
+    with reading(path):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return path.parent if base and Path(base).resolve() == Path(args.model).resolve() else None
 
 
 def policy_memory(args):
@@ -926,15 +928,15 @@ def add_quark_flags(p):
 
 def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in (*DEFAULTS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["ppo", *argv]                                    # the default stage
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     stages, parsers = p.add_subparsers(dest="stage", required=True), {}
     for stage in DEFAULTS:
         parsers[stage] = stages.add_parser(
             stage, help="pairs -> model" if stage in PAIR_METHODS else "reward model -> policy",
             epilog=train_sft.describe_defaults(DEFAULTS[stage]),
-            formatter_class=argparse.RawDescriptionHelpFormatter)
+            formatter_class=HelpFormatter)
         train_sft.add_common_flags(parsers[stage])
         parsers[stage].set_defaults(lora_rank=0, autocast=False, compile=False, zero=False)
         (add_pair_flags if stage in PAIR_METHODS else add_rollout_flags)(parsers[stage])
@@ -946,10 +948,10 @@ def parse(argv):
 
     args = p.parse_args(argv)
     train_sft.fill_defaults(args, DEFAULTS[args.stage])
-    name = str(args.seed) if args.noise == 0.25 else f"{args.seed}-noise-{args.noise}"
-    args.out = args.out or f"out/{args.stage}-{Path(args.data).stem if args.data else name}"
+    noise = f"noise-{args.noise}" if args.noise != 0.25 and not args.data else ""
+    args.out = args.out or train_sft.folder_name(args, args.stage, noise)
     return args
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--resume")

@@ -318,7 +318,7 @@ def test_stopping_and_resuming_is_bitwise_not_stopping(name, small, tmp_path):
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "quark"])
 def test_a_loss_that_is_not_finite_stops_the_run(stage, small, nan_model, tmp_path):
     """A NaN that is trained on."""
-    with pytest.raises(FloatingPointError, match="step 0: the loss is nan"):
+    with pytest.raises(InputError, match="diverged: step 0 has loss nan"):
         run(small, stage, tmp_path / "out", "--model", nan_model)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -693,7 +693,8 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch):
     refused("ppo", "nowhere/config.json: no such file", "--reward", tmp_path / "nowhere")
     refused("ppo", "--validation FILE and --gold-reward DIR", *validation)
     refused("ppo", "is the --reward", *validation, "--gold-reward", small.whole)
-    refused("ppo", "is a reward model that this run reads", "--out", small.whole)
+    refused("ppo", "whole holds a model of another run", "--out", small.whole)
+    refused("ppo", "is a reward model that this run reads", "--out", small.whole, "--overwrite")
     refused("ppo", "different tokenizers", "--reward", tmp_path / "other")
     refused("ppo", "--data needs --reward", "--reward", "")
     refused("ppo", "0 prompts fit in --max-length 3, fewer than --rollouts 8", "--max-length", 3)
