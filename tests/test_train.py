@@ -1,6 +1,7 @@
 """train_sft.py and train_cut.py as they are launched: on one process and two, stopped and resumed, with good input and
 bad, with flags that change memory and speed but not the result."""
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -94,6 +95,11 @@ def rounds(directory):
 
 def run_jobs():
     """What each process does when torchrun starts this file: several runs, because starting takes longest."""
+    if sys.argv[1] == "hang":
+        model_file.PATIENCE = datetime.timedelta(seconds=3)
+        model_file.setup_device("cpu")
+        time.sleep(30 * model_file.rank())
+        model_file.barrier()
     for name, argv, killed_at in json.loads(sys.argv[1]):
         with at_step(killed_at, die), contextlib.suppress(Killed):
             MAIN[name](argv)
@@ -477,6 +483,25 @@ def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         data.run_main(lambda: train_cut.main(argv))
     assert re.fullmatch(f"error: {path}: record 0: 'judgment' is int.*", stopped.value.code), "which Python prints"
+
+
+def test_ctrl_c_outside_of_a_loop_is_one_line(job, tmp_path, monkeypatch, capsys):
+    """A traceback while data is read or answers are sampled, or advice that does not work."""
+    monkeypatch.setattr(sys, "argv", ["train_cut.py", "--lam", "1.2"])
+    monkeypatch.setattr(train_cut, "load_data", lambda args: press_ctrl_c())
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: train_cut.main(job("cut", tmp_path)), "--resume")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().out == "\nstopped: what was saved is kept, go on with python train_cut.py --lam 1.2 --resume\n"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(monkeypatch):
+    """The others wait for ever, or end in a traceback that does not say why. Here their patience is 3 seconds."""
+    run = torchrun("tests/test_train.py", ["hang"])
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "error: rank 0 has waited too long for another one" in errors
+    assert "Traceback" not in errors.split("error: rank 0")[0]
 
 
 @pytest.mark.parametrize("flags", [
