@@ -53,12 +53,11 @@ from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
     folder_name, prepare, save_run, set_up, start_run)
 
-# Defaults: (with --data, in the built-in world). With --data they are the paper's, except for --max-length (2048
-# there), --warmup (100 steps) and the learning rate: its peak was 4e-4, but its online runs ended within the warm-up,
-# at 1.5e-4.
+# Defaults: (with --data, in the built-in world). With --data they are the published code's, except for --warmup (100
+# steps there) and --lr: its peak was 4e-4, but its online runs ended within the warm-up, at 1.5e-4.
 DEFAULTS = {
     "format": ("cut", "short"),
-    "max_length": (1024, 256),
+    "max_length": (2048, 256),
     "rounds": (1, 3),
     "steps": (None, 94),
     "epochs": (1.0, None),

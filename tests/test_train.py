@@ -23,6 +23,7 @@ import evaluate
 import losses
 import model as model_file
 import train_cut
+import train_ppo
 import train_sft
 from conftest import (ENVIRONMENT, ROOT, Killed, assert_equal_runs, at_step, die, distance, finish, metrics,
                       press_ctrl_c, torchrun, weights, without_time)
@@ -506,11 +507,34 @@ def test_a_rank_that_hangs(monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--batch-size 0", "--lam 0", "--seed -1", "--steps 0", "--alpha -1", "--warmup 2", "--detect no",
-    "--data x.json --recipe corrected", "--data x.json --replay 3"])
+    "--data x.json --recipe corrected", "--data x.json --replay 3", "--dtype float16", "--downsample nan",
+    "--seed 18446744073709551616"])
 def test_values_out_of_range_are_refused_by_the_parser(flags):
     """A math domain error, a division by zero or a KeyError some minutes later."""
     with pytest.raises((SystemExit, InputError)):
         train_cut.parse(flags.split())
+
+
+@pytest.mark.parametrize("script, flags, out", [
+    (train_sft, "", "sft-0-corrects"),
+    (train_sft, "--model m/7b --data x/pairs.json --recipe feedme", "sft-7b-pairs-feedme"),
+    (train_cut, "", "cut-0"),
+    (train_cut, "--seed 3 --judge points --offline", "cut-3-points-offline"),
+    (train_cut, "--recipe corrected", "cut-0-corrected"),
+    (train_cut, "--model m/13b --data x/judged.json --detect frozen", "cut-13b-judged-frozen"),
+    (train_ppo, "", "ppo-0"),
+    (train_ppo, "reward --noise 0.1", "reward-0-noise-0.1"),
+    (train_ppo, "dpo --model m/7b --data x/pairs.jsonl", "dpo-7b-pairs")])
+def test_default_folders_tell_runs_apart(script, flags, out):
+    """A model that the next run with another recipe, judge, model or file writes over."""
+    assert script.parse(flags.split()).out == f"out/{out}"
+
+
+def test_mistyped_stages_name_the_choices(capsys):
+    """`unrecognized arguments: pppo`, which does not say what would be recognized."""
+    with pytest.raises(SystemExit):
+        train_ppo.parse(["pppo"])
+    assert "invalid choice: 'pppo' (choose from" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_fit_together_or_the_machine(job, tmp_path, monkeypatch):
