@@ -157,8 +157,8 @@ def atomic_write(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, where the disk is full
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, or choose another "
-                         "--out") from error
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be written ({cause}): make room, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,6 +43,7 @@ def near(found, wanted, tolerance=1e-6):
 
 LOGP = t([-1, -2, -.5, 0], [-.7, -.3, -1.2, -.9])
 REF_LOGP = t([-1.5, -1, -.5, 0], [-.9, -.3, -2.2, -.4])
+KL = [[.5, 0, 0, 0], [.2, 0, 1.0, 0]]                                        # clamped
 SHAPED = [[-.05, 0, .8, 0], [-.02, 0, -.1, -.4]]
 WHITE = [[-.219306, -.061810, 2.458129, -.061810], [-.124809, -.061810, -.376803, -1.321780]]
 VALUES = t([.1, .2, 0, -.1], [0, .3, .1, .2])
@@ -65,22 +66,27 @@ def test_9_1_reward_loss_and_its_gradient():
     near(torch.autograd.grad(loss, r1)[0], [-.089647, .118115, -.166667])
 
 
-@pytest.mark.parametrize("lam", [1.0, .95])
-def test_9_2_to_9_4_ppo_without_a_mask_is_the_released_code(lam):
-    """KL that is not clamped, a score beside the last token, the sample's deviation for the population's, zeros left
-    zero, a mean that is not added back, V of the wrong step, a lambda that is not used."""
-    kl = losses.kl_estimate(LOGP, REF_LOGP, "clamped")
-    near(kl, [[.5, 0, 0, 0], [.2, 0, 1.0, 0]])
+def test_9_2_kl_estimate():
+    """KL that is not clamped, or of the wrong sign."""
+    near(losses.kl_estimate(LOGP, REF_LOGP, "clamped"), KL)
     near(losses.kl_estimate(LOGP, REF_LOGP, "k1").sum(1), [-.5, .7])
     near(losses.kl_estimate(LOGP, REF_LOGP, "k2").sum(1), [.625, .645])
-    rewards = losses.shape_rewards(t([.8, -.4]), kl, torch.tensor([2, 3]), .1)
-    near(rewards, SHAPED)
-    white = losses.whiten(rewards, shift_mean=False)
-    near(white, WHITE)
-    advantages, returns = losses.gae(white, VALUES, 1.0, lam)
-    near(advantages, ADVANTAGES[lam][0])
-    near(losses.whiten(advantages), ADVANTAGES[lam][1])
-    near(returns, RETURNS if lam == 1 else advantages + VALUES)
+
+
+def test_9_3_shape_rewards_and_whiten_without_a_mask_are_the_released_code():
+    """A score beside the last token, the sample's deviation for the population's, zeros left zero, a mean that is not
+    added back."""
+    near(losses.shape_rewards(t([.8, -.4]), t(*KL), torch.tensor([2, 3]), .1), SHAPED)
+    near(losses.whiten(t(*SHAPED), shift_mean=False), WHITE)
+    near(losses.whiten(t(*ADVANTAGES[1.0][0])), ADVANTAGES[1.0][1], 2e-6)
+
+
+@pytest.mark.parametrize("lam", [1.0, .95])
+def test_9_4_gae(lam):
+    """V of the wrong step, or a lambda that is not used."""
+    advantages, returns = losses.gae(t(*WHITE), VALUES, 1.0, lam)
+    near(advantages, ADVANTAGES[lam][0], 4e-6)                           # of rounded rewards
+    near(returns, RETURNS if lam == 1 else advantages + VALUES, 4e-6)
 
 
 def test_9_5_ppo_policy_loss_and_its_gradient():
