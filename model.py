@@ -1228,7 +1228,7 @@ class Run:
         if self.stopped:
             print0(f"stopped after {self.seconds():.0f} s: go on with {same_command('--resume')}")
             return 130
-        print0(f"model in {self.out}, {self.seconds():.0f} s")
+        print0(f"model in {self.out}, {self.seconds():.0f} s; its curves: python evaluate.py report {self.out}")
         return 0
 
 
