@@ -860,11 +860,9 @@ def check_policy_flags(args):
                          "second one on other pairs")
     if out in (reward, gold_reward):
         raise InputError(f"--out {args.out} is a reward model that this run reads, and would overwrite; choose another")
-    for name in ("model", "reward"):
-        directory = getattr(args, name)
-        recorded = read_config(directory, quiet=True)[1].get("prompt_format", args.format)
-        if recorded != args.format:
-            raise InputError(f"{directory} was trained with --format {recorded}, this run has {args.format}")
+    recorded = read_config(args.reward, quiet=True)[1].get("prompt_format", args.format)
+    if recorded != args.format:
+        raise InputError(f"{args.reward} was trained with --format {recorded}, this run has {args.format}")
 
 
 def main(argv=None):
