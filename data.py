@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -62,8 +63,8 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file, or download it again"):
-    """Context in which a user's file is read. Whatever goes wrong in it, a missing file or a RecursionError, becomes
-    an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
+    """Context in which a file of the user is read. Whatever goes wrong in it, from a missing file to a RecursionError,
+    becomes an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
     try:
         if not Path(path).is_file():                        # a directory, or a pipe, which could be waited for
             raise InputError(f"{path}: no such file: {remedy}")
@@ -92,15 +93,30 @@ def print0(*args):
         print(*map(printable, args), flush=True)
 
 
-def run_main(main):
-    """Entry point of every script: runs main() and exits with its return value; prints an InputError as one line."""
+def same_command(*more):
+    """The command that started this program, with further flags, for a user to repeat."""
+    launcher = "torchrun ..." if "RANK" in os.environ else "python"
+    return f"{launcher} {shlex.join([*sys.argv, *(flag for flag in more if flag not in sys.argv)])}"
+
+
+def run_main(main, *more):
+    """Entry point of every script: runs main() and exits with its return value. An InputError, a file that cannot be
+    written and Ctrl-C end in one line; after Ctrl-C, the same command with the flags `more` goes on."""
     try:
         code = main()
-    except InputError as error:
+    except KeyboardInterrupt:
+        print0(f"\nstopped: what was saved is kept, go on with {same_command(*more)}")
+        sys.exit(130)
+    except (InputError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Mostly, rank 0 has failed in the same way and has said so, and torchrun ends this process while it waits.
             time.sleep(5)
         sys.exit(printable(f"error: {error}"))
+    except RuntimeError as error:
+        if not dist.is_initialized() or "imed out" not in str(error):
+            raise
+        sys.exit(f"error: rank {dist.get_rank()} has waited too long for another one, which hangs or is gone: see what "
+                 f"that one printed last; go on with {same_command(*more)}")
     if dist.is_initialized():
         # torchrun's processes skip the interpreter's shutdown: there gloo's threads can end in the wrong order and
         # abort a run that has succeeded. The barrier lets every rank finish its work first.
@@ -112,16 +128,23 @@ def run_main(main):
 
 def in_range(kind, low, high=math.inf):
     """An argparse type: an int or float between low and high, both included."""
-    largest = 2**32 if kind is int else math.inf            # finite, and a seed that every generator takes
-
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value >= largest:
+        if not low <= value <= high or kind is int and value >= 2**32:       # a seed that every generator takes
             raise ValueError
         return value
     limits = f"from {low} up" if high == math.inf else f"from {low} to {high}"
     parse.__name__ = f"{kind.__name__} {limits}"            # which argparse prints: "invalid int from 1 up value"
     return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the docstring as it is written, and with the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        if action.default is False or action.default in (None, "", []) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 positive_int, nonnegative_int = in_range(int, 1), in_range(int, 0)
@@ -136,6 +159,9 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, where the disk is full
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be written ({cause}): make room, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -630,6 +656,7 @@ class Example(NamedTuple):
     prompt: list
     response: list
     judged_prompt: list | None = None
+    record: dict | None = None
 
     def size(self):
         """Tokens of the longest sequence that the network reads for it."""
@@ -654,7 +681,7 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
         if name in names:                                   # ids of joined files may repeat
             name = f"{name}#{i}"
         names.add(name)
-        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged)
+        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged, r)
         if example.size() <= max_length:
             examples.append(example)
         else:

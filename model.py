@@ -15,6 +15,7 @@ needed: model.layers.0.self_attn.q_proj.weight and so on.
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -35,7 +36,7 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import FORMATS, IGNORE, InputError, atomic_write, pad, print0, reading, write_json
+from data import FORMATS, IGNORE, InputError, atomic_write, pad, print0, reading, same_command, write_json
 from losses import fused_logp, fused_loss
 
 DTYPES = {
@@ -836,6 +837,8 @@ def write_model_directory(directory, config, weights, architecture, tokenizer, e
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and processes. Every rank must reach every collective: no `if rank() == 0` around anything that communicates.
 
+PATIENCE = datetime.timedelta(minutes=10)        # after which a rank no longer waits for one that is stuck
+
 
 def setup_device(name=""):
     """The device of this process; joins torchrun's process group if there is one. "" picks CUDA, then MPS, then CPU."""
@@ -858,7 +861,7 @@ def setup_device(name=""):
         torch.set_float32_matmul_precision("high")
         print0("fp32 matmuls run in TF32 (10 bits of mantissa)")
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
 
 
@@ -1052,8 +1055,39 @@ def peak_memory(device):
 # Run: what a training run has besides its lesson (you may skip this)
 
 # Flags that may differ between a run and its resumption, because they do not change what it computes.
-RESUME_MAY_CHANGE = {"resume", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "zero",
-                     "checkpoint_activations"}
+MAY_CHANGE = {"resume", "overwrite", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "zero",
+              "checkpoint_activations"}
+
+
+def changed_flag(before, now):
+    """The first flag in which two runs differ, as text; "" if they compute the same."""
+    for name, value in now.items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            return f"--{name.replace('_', '-')} was {before.get(name)!r}, is {value!r}"
+    return ""
+
+
+@functools.cache
+def lock(folder):
+    """Keeps other processes from running in this folder until this one ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:                                                     # Windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is at work here: wait for it, or give another --out") from None
+
+
+def check_finite(model):
+    """Raises InputError if trained weights are NaN, infinite, or so large that their squares overflow, before they are
+    written over usable ones."""
+    for name, p in trained_weights(model).items():
+        if not p.square().sum().isfinite():
+            raise InputError(f"the run has diverged: {name} is not finite or too large; it was not written, an earlier "
+                             "save stays: lower --lr")
 
 
 class Run:
@@ -1078,10 +1112,12 @@ class Run:
         self.start = self.step_start = time.time()
         self.sums = collections.Counter()
         self.stopped = self.due = False
+        if rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock(self.out.resolve())
         if resume:
             self.load()
         elif rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)                               # of an earlier run: not to be resumed
         if rank() == 0:
             self.metrics = self.open_metrics(self.out / "metrics.jsonl")
@@ -1109,18 +1145,19 @@ class Run:
     def update(self, loss, lr, examples=()):
         """One optimizer step with clipped gradients. loss: this rank's part of the step's loss.
 
-        Returns the loss over all ranks and the gradient norm before clipping. `examples` are named if the loss is not
-        finite, which ends the run.
+        Returns the loss over all ranks and the gradient norm before clipping. `examples` are named if one of the two is
+        not finite, which ends the run before the step is taken.
         """
         loss, = all_sum([loss])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.state['step']}: the loss is {loss}; examples {list(examples)}")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)      # equal on all ranks
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()      # equal on all ranks
+        if not math.isfinite(loss + norm):
+            raise InputError(f"the run has diverged: step {self.state['step']} has loss {loss} and gradient norm {norm}"
+                             f": lower --lr, or look at its examples {list(examples)}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm.item()
+        return loss, norm
 
     def add(self, **numbers):
         """Adds numbers of a micro-batch to the sums that the step will log."""
@@ -1146,6 +1183,7 @@ class Run:
 
     def save(self):
         """Writes resume.pt. Every rank calls this: what --zero has sharded is collected on rank 0."""
+        check_finite(self.model)
         if hasattr(self.optimizer, "consolidate_state_dict"):
             self.optimizer.consolidate_state_dict(to=0)
         if rank():
@@ -1159,17 +1197,15 @@ class Run:
 
     def load(self):
         """Restores what save() wrote; the flags have to agree."""
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: nothing to resume: leave --resume out, or give the stopped run's --out")
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        for key, now in self.flags.items():
-            before = saved["flags"].get(key)
-            if key not in RESUME_MAY_CHANGE and before != now:
-                raise InputError(f"{self.path}: --{key.replace('_', '-')} was {before!r}, is {now!r}: resume with "
-                                 "equal flags")
-        copy_weights(trained_weights(self.model), saved["model"], self.path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = saved["state"]
+        with reading(self.path, "start over with --overwrite"):
+            if damaged := zipfile.ZipFile(self.path).testzip():
+                raise ValueError(f"checksum of {damaged}")
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if changed := changed_flag(saved["flags"], self.flags):
+                raise InputError(f"{self.path}: {changed}: resume with equal flags")
+            copy_weights(trained_weights(self.model), saved["model"], self.path)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.state = saved["state"]
 
     def open_metrics(self, path):
         """Opens metrics.jsonl for appending. Keeps the lines up to the saved step, since later steps run again."""
@@ -1188,9 +1224,9 @@ class Run:
             self.path.unlink(missing_ok=True)
         barrier()                                                           # the model is saved, resume.pt is gone
         if self.stopped:
-            print0(f"stopped: go on with --resume; {self.out}, {self.seconds():.0f} s")
+            print0(f"stopped after {self.seconds():.0f} s: go on with {same_command('--resume')}")
             return 130
-        print0(f"model in {self.out}, {self.seconds():.0f} s")
+        print0(f"model in {self.out}, {self.seconds():.0f} s; its curves: python evaluate.py report {self.out}")
         return 0
 
 

@@ -443,7 +443,7 @@ def test_encode_gives_a_bad_response_two_prompts(words):
     assert (bad.id, good.id, again.id) == ("b", "1", "b#2")
     assert bad.prompt == good.prompt == words.encode_prompt("i\n") and bad.response == words.encode_response("o")
     assert bad.judged_prompt == words.encode_prompt("i\nJudgment: It is wrong.\n") and good.judged_prompt is None
-    assert encode(words, [BAD], "short", 99, hindsight=True)[0][1:] == (bad.judged_prompt, bad.response, None)
+    assert encode(words, [BAD], "short", 99, hindsight=True)[0][1:4] == (bad.judged_prompt, bad.response, None)
 
 
 def test_overlong_records_are_left_out_and_counted(words, capsys):
