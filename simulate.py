@@ -30,7 +30,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import sys
 import threading
 import time
@@ -215,12 +214,9 @@ class Cache:
     def append(self, text=""):
         """Writes to the file. Without a text, finds out that it can be written before anything is paid."""
         if rank() == 0:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(text)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 class Client:
@@ -327,16 +323,18 @@ class Client:
                              f"{self.cache.path})")
 
     def _send(self, key, payload):
-        """Brings the Answer to a payload, after at most --tries tries. Runs in a thread of its own."""
+        """Brings the Answer to a payload, after at most --tries tries. What may be charged is not sent again. Runs in a
+        thread of its own."""
         for number in range(1, self.tries + 1):
             answer, pause = self._try(payload)
-            if pause is None or number == self.tries:
+            if pause is None:
                 break
-            time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
+            if number < self.tries:
+                time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
         self.replies.put((key, answer))
 
     def _try(self, payload):
-        """One request: (Answer, seconds to wait before the next, or None). What may be charged is not sent again."""
+        """One request: (Answer, seconds to wait before the next, or None: there is none)."""
         usage, pause, text = None, None, ""
         try:
             status, after, text = within(self.timeout, self._post, payload)
@@ -345,8 +343,7 @@ class Client:
                 usage = read_usage(reply)
                 return read_choice(payload, reply["choices"][0])._replace(usage=usage), None
             reason = f"HTTP {status}:"
-            if status not in CHARGED:
-                usage = REFUSED
+            usage = None if status in CHARGED else REFUSED
             if status in RETRIED and NO_CREDIT not in text:
                 pause = after
         except Exception as error:                            # whatever is not a complete, well-formed reply
@@ -1001,10 +998,8 @@ def read_compared(args):
     if args.against:
         baseline = {question(r): r["output"] for r in read_outputs(args.against)}
         records = read_outputs(args.data)
-        pairs = []
-        for r in records:
-            if question(r) in baseline:
-                pairs.append({**r, "output_1": baseline[question(r)], "output_2": r["output"]})
+        pairs = [{**r, "output_1": baseline[question(r)], "output_2": r["output"]} for r in records
+                 if question(r) in baseline]
         print0(f"{len(pairs)} of {len(records)} instructions of {args.data} are in {args.against}")
     else:
         pairs = read_pairs(args.data)
@@ -1135,12 +1130,7 @@ def check_args(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        return COMMANDS[args.verb](args)
-    except KeyboardInterrupt:
-        command = shlex.join(sys.argv[1:] if argv is None else argv)
-        print0(f"\nstopped: the answers in {args.cache} are kept; this goes on: python simulate.py {command}")
-        return 130
+    return COMMANDS[args.verb](args)
 
 
 if __name__ == "__main__":
