@@ -1040,7 +1040,8 @@ def add_api_flags(p):
     p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
     p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
                    help="dollars per 1M tokens")
-    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars that all runs with this cache may cost")
+    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf,
+                   help="dollars, at most, of all runs with this cache")
     p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
     p.add_argument("--batch-size", type=positive_int, default=64, help="responses sampled or scored in parallel")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
