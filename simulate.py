@@ -354,7 +354,7 @@ class Client:
 
     def _post(self, payload):
         """Sends a payload: (status, seconds that the server asks to wait, body)."""
-        with self.session.post(self.url, json=payload, timeout=(10, self.timeout), stream=True,
+        with self.session.post(self.url, json=payload, timeout=(10, 2 * self.timeout), stream=True,
                                allow_redirects=False) as reply:
             body = b""
             for block in reply.iter_content(1 << 16):

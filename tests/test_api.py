@@ -215,12 +215,12 @@ def test_what_a_call_costs(hurry, tmp_path, name):
     repeated, stored as an answer, takes its neighbours with it, or is waited for longer than --timeout; or a rerun
     forgets what the first run paid."""
     fault, reason, cost = COSTS[name]
-    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.9)
-    asked, began, timeout = questions(3), time.monotonic(), 5 if name in ("50 MB", "endless body") else 0.5
+    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=4)
+    asked, began, timeout = questions(3), time.monotonic(), 20 if name in ("50 MB", "endless body") else 0.5
     asker = client(server, tmp_path, timeout=timeout, price=(1000.0, 2000.0), tries=1)
     answers = asker.complete(asked)
     server.stopped = True
-    assert time.monotonic() - began < timeout + 0.5
+    assert time.monotonic() - began < timeout + 2
     assert [a.text for a in answers[::2]] == [fingerprint(p) for p in asked[::2]]
     assert answers[1].reason.startswith(reason) and bool(reason) == bool(answers[1].reason)
     assert server.calls == 3 and len(stored(tmp_path / "cache.jsonl")) == 3 - bool(reason)
