@@ -303,6 +303,8 @@ class Client:
                 self.cache.add(key, Answer(reason="interrupted", usage=most))
 
     def _over_budget(self, most):
+        if self.max_cost == math.inf:
+            return False
         return self.cost(sum(self.flying.values(), self.cache.used + most)) > self.max_cost
 
     def _receive(self, seconds=None):
