@@ -31,6 +31,7 @@ import os
 import random
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +57,36 @@ class InputError(ValueError):
     print only that line; any other exception is a bug of ours and keeps its traceback."""
 
 
+@contextlib.contextmanager
+def reading(path, remedy="give another file, or download it again"):
+    """Context in which a user's file is read. Whatever goes wrong in it, from a missing file to a RecursionError, becomes
+    an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
+    try:
+        if not Path(path).is_file():                        # a directory, or a pipe, which could be waited for
+            raise InputError(f"{path}: no such file: {remedy}")
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}: cannot be read ({cause[:300]}): {remedy}") from error
+
+
+# What steers a terminal: control characters other than newline and tab, and marks that turn the direction of the text.
+# Unpaired surrogates cannot be printed at all.
+UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text):
+    """The text with control characters as escapes, such as \\x1b: what a model, a server or a file name says must not
+    steer the terminal."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
 def print0(*args):
-    """print() on rank 0, nothing on the others."""
+    """print() of printable texts on rank 0, nothing on the others."""
     if os.environ.get("RANK", "0") == "0":
-        print(*args, flush=True)
+        print(*map(printable, args), flush=True)
 
 
 def run_main(main):
@@ -67,7 +94,10 @@ def run_main(main):
     try:
         code = main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Mostly, rank 0 has failed in the same way and has said so, and torchrun ends this process while it waits.
+            time.sleep(5)
+        sys.exit(printable(f"error: {error}"))
     if dist.is_initialized():
         # torchrun's processes skip the interpreter's shutdown: there gloo's threads can end in the wrong order and
         # abort a run that has succeeded. The barrier lets every rank finish its work first.
@@ -79,9 +109,11 @@ def run_main(main):
 
 def in_range(kind, low, high=math.inf):
     """An argparse type: an int or float between low and high, both included."""
+    largest = 2**32 if kind is int else math.inf            # finite, and a seed that every generator takes
+
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value >= largest:
             raise ValueError
         return value
     limits = f"from {low} up" if high == math.inf else f"from {low} to {high}"

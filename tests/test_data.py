@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,55 @@ def refused(call, *parts):
         call()
     missing = [p for p in parts if str(p) not in str(caught.value)]
     assert not missing and "\n" not in str(caught.value), f"{missing} not in: {caught.value}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors and files
+
+
+def fail_to_read(path, error):
+    with D.reading(path, "mend it"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("a\nb"), RecursionError(), MemoryError(), KeyError("k"), OSError(28, "full"),
+                                   struct.error("x"), zlib.error("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x")])
+def test_whatever_goes_wrong_while_a_file_is_read_names_it(error, tmp_path):
+    """A damaged file ends in a traceback, or in a message without its name, cause and remedy."""
+    path = put(tmp_path / "x", "")
+    refused(lambda: fail_to_read(path, error), path, type(error).__name__, "mend it")
+    for nothing in (tmp_path / "absent", tmp_path, "a\0b", "a" * 5000):
+        refused(lambda: fail_to_read(nothing, AssertionError), nothing, "mend it")
+    refused(lambda: fail_to_read(path, InputError("as it is")), "as it is")
+    with pytest.raises(KeyboardInterrupt):
+        fail_to_read(path, KeyboardInterrupt())
+
+
+def test_nothing_printed_steers_the_terminal(capsys, monkeypatch):
+    """A model's answer, a server's error or a file's name clears the screen, renames the window, turns the line round, or
+    ends the run because it cannot be printed; or an error is printed by every process, or by none."""
+    nasty, waited = "é漢👩\u200d👧\t\n\x1b[2J\r\x07\x7f\x9b\u202e\ud800", []
+    escaped = "é漢👩\u200d👧\t\n\\x1b[2J\\r\\x07\\x7f\\x9b\\u202e\\ud800"
+    D.print0(nasty, 3)
+    assert D.printable(nasty) == escaped and capsys.readouterr().out == escaped + " 3\n"
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for process, waits in [("0", 0), ("1", 1)]:             # torchrun ends a process that waits
+        monkeypatch.setenv("LOCAL_RANK", process)
+        with pytest.raises(SystemExit) as ended:
+            D.run_main(lambda: fail_to_read("a\x1b", None))
+        assert str(ended.value.code).startswith("error: a\\x1b: no such file") and len(waited) == waits
+
+
+@pytest.mark.parametrize("parse, good, bad", [
+    (D.nonnegative_int, ["0", "4294967295"], ["-1", "1.0", str(2**32), "9" * 5000, "nan"]),
+    (D.positive_int, ["1"], ["0"]), (D.fraction, ["0", "1"], ["1.1", "nan"]),
+    (D.nonnegative_float, ["0", "1e38"], ["-1", "nan", "inf", "1e999"])])
+def test_numbers_of_flags(parse, good, bad):
+    """A seed that PyTorch refuses after minutes, NaN that is in no range, or an infinite learning rate."""
+    assert [parse(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(ValueError):
+            parse(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
