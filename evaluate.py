@@ -569,19 +569,20 @@ def tokens_html(r):
 
 def examples_html(run, most=12):
     """What CUT flagged at the beginning of each round; of the last round also as the trained model reads it."""
-    files, parts = {path.stem: read_json(path, empty=True) for path in run["folder"].glob("flags-*.jsonl")}, []
-    after = {r["id"]: r for r in files.pop("flags-after", [])}
-    for name in sorted(files, key=lambda name: (len(name), name)):
-        records, cards = [r for r in files[name] if "tokens" in r], []      # older runs have ids and flags only
+    after, parts = [], []
+    if (run["folder"] / "flags-after.jsonl").is_file():
+        after = read_json(run["folder"] / "flags-after.jsonl", empty=True)
+    after = {r["id"]: r for r in after}
+    for number, path in enumerate(sorted(run["folder"].glob("flags-[0-9]*.jsonl"), key=lambda p: int(p.stem[6:])), 1):
+        records, cards = [r for r in read_json(path, empty=True) if "tokens" in r], []     # not in older runs
         for r in records[:most]:
             responses = f'<dt>before</dt><dd class="tokens">{tokens_html(r)}</dd>'
             if r["id"] in after:
                 responses += f'<dt>after</dt><dd class="tokens">{tokens_html(after[r["id"]])}</dd>'
             cards.append(f'<article><p class="ask">{html.escape("; ".join(filter(None, question(r))))}</p><dl>{responses}'
                          f'</dl><blockquote>{html.escape(r["judgment"])}</blockquote></article>')
-        if cards:
-            parts.append(f'<details><summary>{html.escape(run["name"])}, {name} <small>{len(cards)} of {len(records)} '
-                         f'bad responses</small></summary>{"".join(cards)}</details>')
+        parts.append(f'<details><summary>{html.escape(run["name"])}, round {number} <small>{len(cards)} of '
+                     f'{len(records)} bad responses</small></summary>{"".join(cards)}</details>')
     return "".join(parts)
 
 
