@@ -183,11 +183,7 @@ def vote(labels):
 
 def leave_one_out_votes(labels):
     """The vote without label i, for each i. (A single label has no others: it votes for itself.)"""
-    votes = []
-    for i in range(len(labels)):
-        others = labels[:i] + labels[i + 1:]
-        votes.append(vote(others or labels))
-    return votes
+    return [vote(labels[:i] + labels[i + 1:] or labels) for i in range(len(labels))]
 
 
 def match(vote_1, vote_2):
@@ -276,7 +272,7 @@ COLUMNS = {
     "win_rate": "win rate", "standard_error": "+-", "low": "from", "high": "to", "discrete_win_rate": "discrete",
     "length_controlled_winrate": "controlled", "lc_standard_error": "+-", "n_wins": "won", "n_wins_base": "lost",
     "n_draws": "tied", "n_total": "n", "n_failed": "failed", "n_missing": "missing", "avg_length": "length",
-    "difference": "to first", "difference_se": "+-", "p": "p", "mode": "mode",
+    "difference": "to first", "difference_se": "+-", "p": "p",
 }
 RIDGE = 10.0                 # penalty on the length coefficient where there are no regularizing rows
 NO_ROWS = np.zeros((0, 3))
@@ -450,7 +446,7 @@ def print_leaderboard(rows, args):
             table.append([r["name"], *[show(r.get(key)) for key in COLUMNS]])
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
-        cells = [cell.rjust(width) for cell, width in zip(others[:-1], widths[1:]) if width]
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         print0(first.ljust(widths[0]), *cells)
     print0("controlled: at equal length, with AlpacaEval's instruction difficulty" if args.difficulty else
            f"controlled: at equal length; without --difficulty a ridge penalty of {RIDGE / 2:g} theta^2 on the length "
@@ -459,7 +455,7 @@ def print_leaderboard(rows, args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out, "leaderboard.json"), rows)
         with atomic_write(Path(args.out, "leaderboard.csv")) as path, open(path, "w", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["name", *COLUMNS], extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(file, ["name", *COLUMNS, "mode"], extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
@@ -510,7 +506,8 @@ def svg_chart(lines):
     """Curves as an SVG; lines: {number of the run: (n, 3) of step, value, standard error}. Of more than 80 points, the
     mean of each of 80 stretches is drawn, in a band from the lowest to the highest."""
     points = np.concatenate(list(lines.values()))
-    left, bottom, right, top = *(points[:, :2]).min(0), *(points[:, :2]).max(0)
+    left, right = points[:, 0].min(), points[:, 0].max()
+    bottom, top = (points[:, 1] - points[:, 2]).min(), (points[:, 1] + points[:, 2]).max()
     tick = 10 ** math.floor(math.log10(max(top - bottom, 1e-6)))
     tick *= next(m for m in (0.1, 0.2, 0.5, 1, 2) if (top - bottom) / (tick * m) <= 5)
     bottom, top = tick * math.floor(bottom / tick), tick * (math.floor(top / tick) + 1)
@@ -546,12 +543,13 @@ def curves_html(runs):
 
 def leaderboard_html(rows):
     """The leaderboard; win rates with a bar and a whisker of one standard error to either side."""
-    lines = ["<th></th><th></th>" + "".join(f"<th>{title}</th>" for title in COLUMNS.values())]
+    keys = [key for key in COLUMNS if any(key in r for r in rows)]
+    lines = ["<th></th><th></th>" + "".join(f"<th>{COLUMNS[key]}</th>" for key in keys)]
     for row in rows:
         for r in [row, *row.get("datasets", [])]:
             mean, se = r["win_rate"], r["standard_error"]
             bar = f'<i style="width:{mean:.2f}%"></i><b style="left:{mean - se:.2f}%;width:{2 * se:.2f}%"></b>'
-            cells = "".join(f"<td>{number(r.get(key))}</td>" for key in COLUMNS)
+            cells = "".join(f"<td>{number(r.get(key))}</td>" for key in keys)
             lines.append(f'<td>{html.escape(r["name"])}</td><td><div class="bar">{bar}</div></td>{cells}')
     return f'<div class="wide"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
@@ -650,26 +648,24 @@ def world_errors(directory, args):
     return errors
 
 
-def read_answers(path, args, asked=None):
-    """(generator, {question: record}) of a file of outputs, or of a model directory's greedy outputs. A model answers
-    the records `asked`, else those of --data, else the built-in world's."""
-    name = Path(path).name
-    if not Path(path).is_dir():
-        records = read_outputs(path)
-        name = records[0].get("generator") or name
-    else:
+def read_answers(path, args):
+    """(generator, {question: record}) of a file of outputs, or of a model directory's greedy responses to the
+    instructions of --data, or else of the built-in world."""
+    if Path(path).is_dir():
         model, tokenizer, prompt_format, world = open_policy(path, args)
-        if args.data:
-            asked = read_instructions(args.data[0])
-        records = asked or world.instructions(args.split, 800)
+        name, most = Path(path).name, 300 if args.data else MAX_NEW_TOKENS
+        records = read_instructions(args.data[0]) if args.data else world.instructions(args.split, 800)
         texts = sample_responses(
-            model, tokenizer, conditioned(path, records), prompt_format, temperature=0, seed=0, label=f"sampling {name}",
-            max_new_tokens=300 if asked else MAX_NEW_TOKENS, batch_size=args.batch_size)
+            model, tokenizer, conditioned(path, records), prompt_format, max_new_tokens=most, temperature=0, seed=0,
+            batch_size=args.batch_size, label=f"sampling {name}")
         records = [{**r, "output": text, "generator": name} for r, (text,) in zip(records, texts)]
+    else:
+        records = read_outputs(path)
+        name = str(records[0].get("generator") or Path(path).stem)
     answers = {question(r): r for r in records}
     if len(answers) < len(records):
         print0(f"{path}: left out {len(records) - len(answers)} repeated instructions")
-    return str(name), answers
+    return name, answers
 
 
 def compare(args):
@@ -678,22 +674,22 @@ def compare(args):
     against = args.against or read_config(args.model[0], quiet=True)[1].get("run", {}).get("model")
     if not against:
         raise InputError(f"{args.model[0]} does not say which model it was trained from: give the baseline as --against")
-    baseline, theirs = read_answers(against, args)
-    asked, files = set(theirs), []
-    for path in args.model:
-        name, ours = read_answers(path, args, None if Path(against).is_dir() else list(theirs.values()))
-        asked.update(ours)
+    if Path(against).is_file() and not args.data:
+        args.data = [against]
+    (baseline, theirs), *models = [read_answers(path, args) for path in (against, *args.model)]
+    asked, files = set(theirs).union(*[ours for _, ours in models]), []
+    for name, ours in models:
         pairs = []
         for key in filter(ours.get, theirs):
             texts = {"output_1": theirs[key]["output"], "output_2": ours[key]["output"]}
             pairs.append({**theirs[key], **ours[key], "generator_1": baseline, "generator_2": name, **texts})
         if not pairs:
-            raise InputError(f"{path} and {against} have no instruction in common")
+            raise InputError(f"{name} and {baseline} have no instruction in common")
         labelled, failed, client = compare_pairs(args, pairs)
         if client:
             print0(f"{name}: {json.dumps(client.stats)}")
+        files.append(Path(args.out, f"{Path(name).name}.annotations.json"))
         if rank() == 0:
-            files.append(Path(args.out, f"{Path(name).name}.annotations.json"))
             files[-1].parent.mkdir(parents=True, exist_ok=True)
             write_json(files[-1], labelled + [{**r, "preference": None} for r in failed])
             write_json(Path(args.out, f"{Path(name).name}.outputs.json"), list(ours.values()))
