@@ -455,9 +455,9 @@ def print_leaderboard(rows, args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out, "leaderboard.json"), rows)
         with atomic_write(Path(args.out, "leaderboard.csv")) as path, open(path, "w", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["name", *COLUMNS, "mode"], extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(file, ["", *COLUMNS, "mode"], extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({"": row["name"], **row} for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,7 +661,7 @@ def read_answers(path, args):
         records = [{**r, "output": text, "generator": name} for r, (text,) in zip(records, texts)]
     else:
         records = read_outputs(path)
-        name = str(records[0].get("generator") or Path(path).stem)
+        name = Path(str(records[0].get("generator") or Path(path).stem)).name
     answers = {question(r): r for r in records}
     if len(answers) < len(records):
         print0(f"{path}: left out {len(records) - len(answers)} repeated instructions")
@@ -676,8 +676,10 @@ def compare(args):
         raise InputError(f"{args.model[0]} does not say which model it was trained from: give the baseline as --against")
     if Path(against).is_file() and not args.data:
         args.data = [against]
-    (baseline, theirs), *models = [read_answers(path, args) for path in (against, *args.model)]
-    asked, files = set(theirs).union(*[ours for _, ours in models]), []
+    outputs, files = [read_answers(path, args) for path in (against, *args.model)], []
+    for name, answers in outputs:
+        write_list(Path(args.out, f"{name}.outputs.json"), list(answers.values()))
+    (baseline, theirs), *models = outputs
     for name, ours in models:
         pairs = []
         for key in filter(ours.get, theirs):
@@ -688,14 +690,20 @@ def compare(args):
         labelled, failed, client = compare_pairs(args, pairs)
         if client:
             print0(f"{name}: {json.dumps(client.stats)}")
-        files.append(Path(args.out, f"{Path(name).name}.annotations.json"))
-        if rank() == 0:
-            files[-1].parent.mkdir(parents=True, exist_ok=True)
-            write_json(files[-1], labelled + [{**r, "preference": None} for r in failed])
-            write_json(Path(args.out, f"{Path(name).name}.outputs.json"), list(ours.values()))
+        files.append(Path(args.out, f"{name}.annotations.json"))
+        write_list(files[-1], labelled + [{**r, "preference": None} for r in failed])
     if rank() == 0:
+        asked = set().union(*[answers for _, answers in outputs])
         print_leaderboard(leaderboard_rows(files, args.column, args.difficulty, asked), args)
     return 0
+
+
+def write_list(path, records):
+    """Writes a JSON list of records without nested values, the form that AlpacaEval reads."""
+    flat = [{k: v for k, v in r.items() if not isinstance(v, (list, tuple, dict))} for r in records]
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, flat)
 
 
 def leaderboard(args):
