@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -56,11 +57,14 @@ class InputError(ValueError):
     """Invalid user input: a file, a record or a flag. The message is one line that names it and the remedy. Scripts
     print only that line; any other exception is a bug of ours and keeps its traceback."""
 
+    def __init__(self, message):
+        super().__init__(printable(message).replace("\n", "\\n")[:1000])      # whatever a file's name or content is
+
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file, or download it again"):
-    """Context in which a user's file is read. Whatever goes wrong in it, from a missing file to a RecursionError, becomes
-    an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
+    """Context in which a file of the user is read. Whatever goes wrong in it, from a missing file to a RecursionError,
+    becomes an InputError of one line: file, cause, remedy. So no reader has to foresee how a file can be damaged."""
     try:
         if not Path(path).is_file():                        # a directory, or a pipe, which could be waited for
             raise InputError(f"{path}: no such file: {remedy}")
@@ -69,10 +73,10 @@ def reading(path, remedy="give another file, or download it again"):
         raise
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: cannot be read ({cause[:300]}): {remedy}") from error
+        raise InputError(f"{path}: cannot be read ({cause[:150]}): {remedy}") from error
 
 
-# What steers a terminal: control characters other than newline and tab, and marks that turn the direction of the text.
+# What steers a terminal: control characters, but for newline and tab, and marks that turn the direction of the text.
 # Unpaired surrogates cannot be printed at all.
 UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -89,15 +93,30 @@ def print0(*args):
         print(*map(printable, args), flush=True)
 
 
-def run_main(main):
-    """Entry point of every script: runs main() and exits with its return value; prints an InputError as one line."""
+def same_command(*more):
+    """The command that started this program, with further flags, for a user to repeat."""
+    launcher = "torchrun ..." if "RANK" in os.environ else "python"
+    return f"{launcher} {shlex.join([*sys.argv, *(flag for flag in more if flag not in sys.argv)])}"
+
+
+def run_main(main, *more):
+    """Entry point of every script: runs main() and exits with its return value. An InputError, a file that cannot be
+    written and Ctrl-C end in one line; after Ctrl-C, the same command with the flags `more` goes on."""
     try:
         code = main()
-    except InputError as error:
+    except KeyboardInterrupt:
+        print0(f"\nstopped: what was saved is kept, go on with {same_command(*more)}")
+        sys.exit(130)
+    except (InputError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Mostly, rank 0 has failed in the same way and has said so, and torchrun ends this process while it waits.
             time.sleep(5)
         sys.exit(printable(f"error: {error}"))
+    except RuntimeError as error:
+        if not dist.is_initialized() or "imed out" not in str(error):
+            raise
+        sys.exit(f"error: rank {dist.get_rank()} has waited too long for another one, which hangs or is gone: see what "
+                 f"that one printed last; go on with {same_command(*more)}")
     if dist.is_initialized():
         # torchrun's processes skip the interpreter's shutdown: there gloo's threads can end in the wrong order and
         # abort a run that has succeeded. The barrier lets every rank finish its work first.
@@ -109,16 +128,23 @@ def run_main(main):
 
 def in_range(kind, low, high=math.inf):
     """An argparse type: an int or float between low and high, both included."""
-    largest = 2**32 if kind is int else math.inf            # finite, and a seed that every generator takes
-
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value >= largest:
+        if not low <= value <= high or kind is int and value >= 2**32:       # a seed that every generator takes
             raise ValueError
         return value
     limits = f"from {low} up" if high == math.inf else f"from {low} to {high}"
     parse.__name__ = f"{kind.__name__} {limits}"            # which argparse prints: "invalid int from 1 up value"
     return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the docstring as it is written, and with the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        if action.default is False or action.default in (None, "", []) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 positive_int, nonnegative_int = in_range(int, 1), in_range(int, 0)
@@ -133,6 +159,9 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, where the disk is full
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be written ({cause}): make room, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,20 +193,19 @@ class Tokenizer:
     """A sentencepiece model. BOS and EOS are added here and nowhere else. There is no pad token: losses skip padding by
     IGNORE, so the ids in padded positions never matter."""
 
-    def __init__(self, serialized, source="tokenizer"):
+    def __init__(self, serialized):
         self.serialized = serialized
         self.directory = None                               # where the companion files are
         self.sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp.LoadFromSerializedProto(serialized)
-        except RuntimeError:
-            raise InputError(f"{source}: not a sentencepiece model (LLaMA 3's has tiktoken's format): "
-                             "use LLaMA, LLaMA 2 or another checkpoint with a sentencepiece tokenizer") from None
+        self.sp.LoadFromSerializedProto(serialized)
         self.bos = self.sp.bos_id()
         self.eos = self.sp.eos_id()
         self.vocab_size = self.sp.vocab_size()
         if min(self.bos, self.eos) < 0:
-            raise InputError(f"{source}: the tokenizer has no BOS or no EOS piece; both are needed")
+            raise ValueError("the tokenizer has no BOS or no EOS piece; both are needed")
+        # Characters of the longest token. Without byte pieces, one token stands for any number of unknown characters.
+        longest = max(len(self.sp.id_to_piece(i)) for i in range(self.vocab_size))
+        self.longest = longest if any(map(self.sp.is_byte, range(self.vocab_size))) else math.inf
         # sentencepiece puts a space in front of every text. A response continues its prompt, so it must not get one:
         # we encode newline + response and drop what belongs to the newline. The ids equal those of the joined text.
         self.newline = self.sp.encode("\n")
@@ -190,17 +218,13 @@ class Tokenizer:
         path, config = directory / "tokenizer.model", directory / "config.json"
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory (python train_cut.py makes the built-in models)")
-        if not path.is_file():
-            raise InputError(f"{path}: no sentencepiece tokenizer here (tokenizer.json is another format): LLaMA and "
-                             "LLaMA 2 checkpoints have one, LLaMA 3's do not")
-        tokenizer = cls(path.read_bytes(), path)
+        with reading(path, "use a checkpoint with a sentencepiece tokenizer, such as LLaMA's or LLaMA 2's; LLaMA 3's "
+                           "and tokenizer.json are of other formats"):
+            tokenizer = cls(path.read_bytes())
         tokenizer.directory = directory
-        try:
+        with reading(config, "a model directory needs the config.json of its model, with vocab_size"):
             rows = json.loads(config.read_bytes())["vocab_size"]
             fits = tokenizer.vocab_size <= rows
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{config}: cannot read vocab_size ({error!r}): a model directory needs the config.json "
-                             "of its model") from None
         if not fits:
             raise InputError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary "
                              f"only {rows}: they do not belong together")
@@ -219,19 +243,19 @@ class Tokenizer:
     def save(self, directory):
         """Writes tokenizer.model and what transformers and vLLM need beside it: the companion files of the directory
         that it came from, else our own."""
-        directory = Path(directory)
-        (directory / "tokenizer.model").write_bytes(self.serialized)
-        copied = set()
+        directory, files = Path(directory), {"tokenizer.model": self.serialized}
         if self.directory:
             home = self.directory.resolve()
             # A link may lead to the directory itself or to the blobs of Hugging Face's cache, not elsewhere.
-            trusted = (home, home.parent.parent / "blobs")
+            trusted = (home, home.parent.parent / "blobs" if home.parent.name == "snapshots" else home)
             for name in COMPANIONS:
                 source = (home / name).resolve()
                 if source.is_file() and source.parent in trusted:
-                    (directory / name).write_bytes(source.read_bytes())
-                    copied.add(name)
-        if "tokenizer_config.json" in copied:
+                    files[name] = source.read_bytes()
+        for name, content in files.items():
+            with atomic_write(directory / name) as temporary:
+                temporary.write_bytes(content)
+        if "tokenizer_config.json" in files:
             return
         write_json(directory / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -290,6 +314,12 @@ class Tokenizer:
             if ids[1] == self.sp.unk_id():
                 raise InputError("this tokenizer has no byte pieces, which control tokens are: use a LLaMA tokenizer")
         return ids + self.sp.encode(text)
+
+    def is_longer(self, text, count):
+        """Whether a text has certainly more than `count` tokens, told from its characters: no token has more of them
+        than the longest piece. (Normalizing may take characters away, and puts a space in front.)"""
+        most = count * self.longest + 1
+        return len(text) > most and len(self.sp.normalize(text)) > most
 
     def encode_response(self, text):
         """Response ids, EOS included: a model that never sees EOS supervised never stops."""
@@ -371,27 +401,18 @@ def prompt_ids(tokenizer, record, prompt_format, judgment=None):
 
 
 def read_json(path, empty=False):
-    """Reads a JSON list of objects or JSON Lines, also gzipped. A file without records is an error, unless `empty`."""
+    """Reads a JSON list of objects, JSON Lines or, in a file named .txt, an instruction a line; also gzipped. A file
+    without records is an error, unless `empty`."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
+    with reading(path, "expected a JSON list, or a JSON object a line, in UTF-8"):
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): save it as UTF-8, or download it again") from None
-
-    records, number = [], 0
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        if ".txt" in path.suffixes:
+            records = [{"instruction": line.strip()} for line in text.split("\n") if line.strip()]
         else:
-            for number, line in enumerate(text.split("\n"), 1):             # splitlines() would also split at U+2028
-                if line.strip():
-                    records.append(json.loads(line))
-    except ValueError as error:
-        where = f"line {number} is " if number else ""
-        raise InputError(f"{path}: {where}not JSON ({error}); expected a JSON list or one JSON object a line") from None
+            if not text.lstrip().startswith("["):           # lines: with commas between them, errors tell the line
+                text = "[" + re.sub(r"(?<=\S)(\s*\n\s*)(?=\S)", r",\1", text) + "]"
+            records = json.loads(text)
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: record {i} is {type(record).__name__}, not an object with keys")
@@ -400,16 +421,52 @@ def read_json(path, empty=False):
     return records
 
 
+# Our keys, and those of other common layouts that stand for them: each a text, or a chat (a list of messages).
+ALIASES = {
+    "instruction": ("messages", "chosen", "prompt"),
+    "output": ("messages", "response", "completion"),
+    "output_1": ("chosen", "output"),
+    "output_2": ("rejected",),
+}
+
+
+def instruction_and_answer(key, value):
+    """What the key of another layout holds: (instruction, answer), None for what it does not. In a chat of one turn, a
+    system message stands above the instruction; several turns are a ValueError."""
+    if not isinstance(value, list):
+        return (value, None) if key == "prompt" else (None, value)
+    roles, texts = [m["role"] for m in value], [m["content"] for m in value]
+    if not re.fullmatch("(system )?(user )?(assistant )?", "".join(f"{role} " for role in roles)):
+        raise ValueError(f"{key!r} has the roles {roles}; only one turn is supported: system, user, assistant")
+    answer = texts.pop() if "assistant" in roles else None
+    return "\n\n".join(texts) or None, answer
+
+
+def fill_in(path, records, name):
+    """Gives records that lack the key `name` what stands for it in other layouts, and prints what that was."""
+    taken = {}
+    for i, record in enumerate(records):
+        for key in ALIASES[name] if name not in record else ():
+            with reading(path, f"record {i}"):
+                value = instruction_and_answer(key, record.get(key))[name != "instruction"]
+            if value is not None:
+                taken[key] = record[name] = value
+                break
+    if taken:
+        print0(f"{path}: {' or '.join(taken)} is taken for {name}")
+
+
 def check_record(path, i, record, *keys):
     """Checks that the keys of record i hold texts, and returns the record with absent optional keys filled in.
 
     "key" must be a text, "key|null" a text or null, "key?" may also be absent (then it is null; input is empty)."""
+    original = record
     for key in keys:
         name = key.removesuffix("?").removesuffix("|null")
         if key.endswith("?"):
             record = {name: "" if name == "input" else None, **record}
         if name not in record:
-            raise InputError(f"{path}: record {i} has no key {name!r}; it has {sorted(record)}")
+            raise InputError(f"{path}: record {i} has no key {name!r}; it has {sorted(original)}")
         value = record[name]
         if value is None and key != name:
             continue
@@ -425,8 +482,11 @@ def check_record(path, i, record, *keys):
 
 
 def read_records(path, *keys):
-    """Records whose keys are texts, written as in check_record."""
-    return [check_record(path, i, record, *keys) for i, record in enumerate(read_json(path))]
+    """Records whose keys, written as in check_record, are texts; each may have a name of ALIASES instead."""
+    records = read_json(path)
+    for name in [name for name in ALIASES if name in keys]:
+        fill_in(path, records, name)
+    return [check_record(path, i, record, *keys) for i, record in enumerate(records)]
 
 
 def read_instructions(path):
@@ -449,11 +509,10 @@ def read_pairs(path):
     """What `simulate.py prefer` compares: instruction, input (optional), and either output_1 and output_2 or a list of
     texts `output`."""
     records = read_records(path, "instruction", "input?")
-    is_pair = ["output_1" in r or "output" not in r for r in records]
     for i, r in enumerate(records):
-        if is_pair[i] != is_pair[0]:
+        if ("output_1" in r) != ("output_1" in records[0]):
             raise InputError(f"{path}: records 0 and {i} differ: one is a pair, the other a list of outputs")
-        if is_pair[i]:
+        if "output_1" in r or "output" not in r:
             check_record(path, i, r, "output_1", "output_2")
             r.pop("output", None)
         elif not (isinstance(r["output"], list) and all(isinstance(text, str) for text in r["output"])):
@@ -461,21 +520,27 @@ def read_pairs(path):
     return records
 
 
-def read_preferences(path, ties=False):
+def read_preferences(path, ties=False, failed=False):
     """Preference pairs in AlpacaFarm's layout: instruction, input, output_1, output_2, preference (1, 2, or between: a
-    judge's probability that output_2 is better, plus 1; 1.5 is a tie). Ties and pairs of equal texts carry no
-    preference: they are left out and counted, unless `ties`. Also reads what `simulate.py refine` writes, `output`
-    preferred to `rejected` (ILF-DPO)."""
+    judge's probability that output_2 is better, plus 1; 1.5 is a tie, for which older files write 0). Ties and pairs of
+    equal texts carry no preference: they are left out and counted, unless `ties`. With `failed`, records that the
+    annotator failed at (AlpacaEval writes null, NaN or -1) are kept, with preference None.
+
+    Where a record says which text is `rejected`, the other one is `chosen` (the usual layout for DPO) or `output` (what
+    `simulate.py refine` writes, ILF-DPO)."""
+    pairs = read_records(path, "instruction", "input?", "output_1", "output_2")
+    zero_is_tie = any(r.get("preference") == 2 for r in pairs)              # else labels may be 0 and 1
     records, left_out = [], 0
-    for i, r in enumerate(read_json(path)):
-        if "rejected" in r and "output_1" not in r:
-            check_record(path, i, r, "output", "rejected")
-            r.update(output_1=r["output"], output_2=r["rejected"], preference=1)
-        r = check_record(path, i, r, "instruction", "input?", "output_1", "output_2")
-        preference = r.get("preference")
-        if not isinstance(preference, (int, float)) or not 1 <= preference <= 2:
+    for i, r in enumerate(pairs):
+        preference = r.get("preference", 1 if "rejected" in r else None)
+        if preference == 0 and zero_is_tie:
+            preference = 1.5
+        if failed and (preference in (None, -1) or preference != preference):
+            preference = None
+        elif type(preference) not in (int, float) or not 1 <= preference <= 2:
             raise InputError(f"{path}: record {i}: 'preference' is {preference!r}, expected a number from 1 to 2; "
-                             "1.5 is a tie (older files write 0 for it: replace it)")
+                             "1.5 is a tie")
+        r["preference"] = preference
         if not ties and (preference == 1.5 or r["output_1"] == r["output_2"]):
             left_out += 1
         else:
@@ -591,6 +656,7 @@ class Example(NamedTuple):
     prompt: list
     response: list
     judged_prompt: list | None = None
+    record: dict | None = None
 
     def size(self):
         """Tokens of the longest sequence that the network reads for it."""
@@ -604,23 +670,25 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
         raise InputError("no records left to train on after filtering")
     examples, too_long, names = [], [], set()
     for i, r in enumerate(records):
-        judgment = r.get("judgment")
+        judgment, name = r.get("judgment"), str(r.get("id", i))
+        if tokenizer.is_longer(format_prompt(r, prompt_format, judgment) + r["output"], max_length):
+            too_long.append(name)                           # its tokens would take time and memory for nothing
+            continue
         prompt = prompt_ids(tokenizer, r, prompt_format, judgment if hindsight else None)
         judged = None
         if judgment is not None and not hindsight:
             judged = prompt_ids(tokenizer, r, prompt_format, judgment)
-        name = str(r.get("id", i))
         if name in names:                                   # ids of joined files may repeat
             name = f"{name}#{i}"
         names.add(name)
-        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged)
-        fits = example.size() <= max_length
-        (examples if fits else too_long).append(example)
+        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged, r)
+        if example.size() <= max_length:
+            examples.append(example)
+        else:
+            too_long.append(f"{name} of {example.size()}")
     if too_long:
-        longest = max(e.size() for e in too_long)
-        first = ", ".join(e.id for e in too_long[:5])
-        print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens, the longest with "
-               f"{longest} (ids {first} ...): see --max-length")
+        print0(f"left out {len(too_long)} of {len(records)} records longer than {max_length} tokens (ids "
+               f"{', '.join(too_long[:5])} ...): see --max-length")
     if not examples:
         raise InputError(f"no record fits in {max_length} tokens: raise --max-length")
     return examples
@@ -988,66 +1056,49 @@ DOWNLOADS = {
 }
 
 
-def sha256_of(path):
-    """SHA-256 of a file in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def download(address, path, sha256=""):
-    """Downloads a file to `path`, going on from PATH.part where an earlier download stopped. Its length is checked, and
-    its SHA-256 against the one given or, where none is known, the one that the server states for large files."""
-    path, part = Path(path), Path(f"{path}.part")
-    if path.is_file() and sha256 in ("", sha256_of(path)):
-        print(f"{path}: already here")
+    """Downloads a JSON file to `path`, whole and checked or not at all: its length, and its SHA-256, the one given or
+    the one that the server states for large files. Where there is none, the content has to be JSON."""
+    path = Path(path)
+    if path.is_file() and sha256 in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
+        print0(f"{path}: already here")
         return
+    try:
+        body, stated = receive(address)
+    except requests.RequestException as error:
+        raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it at "
+                         f"{path}, and run this again") from None
+    found, wanted = hashlib.sha256(body).hexdigest(), sha256 or stated
+    if wanted and found != wanted:
+        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
+                         "changed: run this again, and if it stays so, compare with the publisher")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(body)
+        if not wanted:
+            read_json(temporary)
+    print0(f"{path}: {len(body)} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
+
+
+def receive(address):
+    """Downloads (the content, the SHA-256 that the server states or ""), always from the beginning: parts could be of
+    two versions of the file."""
     session = requests.Session()
     patient = HTTPAdapter(max_retries=Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504)))
     session.mount("http://", patient)
     session.mount("https://", patient)
-    while True:
-        have = part.stat().st_size
-        try:
-            stated = download_rest(session, address, part)
-            break
-        except requests.RequestException as error:
-            if part.stat().st_size <= have:                 # else the body was cut off: ask for the rest
-                raise InputError(f"{address}: {error}: run this again to go on from {part}; with no network, download "
-                                 f"it elsewhere, put it at {path}, and run this again") from None
-    found, wanted = sha256_of(part), sha256 or stated
-    if wanted and found != wanted:
-        part.unlink()
-        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
-                         "changed: run this again, and if it stays so, compare with the publisher")
-    os.replace(part, path)
-    print(f"{path}: {path.stat().st_size} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
-
-
-def download_rest(session, address, part):
-    """Requests what `part` still lacks and appends it. Returns the SHA-256 that the server states, or ""."""
-    have = part.stat().st_size
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    with session.get(address, headers=headers, stream=True, timeout=(10, 60)) as r:
-        if r.status_code == 416 and have:                   # no such bytes: the part is whole already, or too long
-            part.write_bytes(b"")
-            return download_rest(session, address, part)
+    with session.get(address, headers={"Accept-Encoding": "identity"}, stream=True, timeout=(10, 60)) as r:
         r.raise_for_status()
-        if r.status_code == 200:                            # the server ignores Range and starts over
-            have = 0
-        total = have + int(r.headers.get("Content-Length", 0))
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar:
+        length, body = int(r.headers.get("Content-Length", 0)), bytearray()
+        with tqdm(total=length, unit="B", unit_scale=True, desc=address) as bar:
             for block in r.iter_content(1 << 16):
-                file.write(block)
+                body += block
                 bar.update(len(block))
-        if part.stat().st_size < total:
-            raise requests.ConnectionError("the body was cut off")
-        for hop in (*r.history, r):                         # Hugging Face states it in a redirect
-            etag = hop.headers.get("X-Linked-Etag", "").strip('"')
-            if len(etag) == 64:
-                return etag
-    return ""
+    if len(body) < length:
+        raise requests.ConnectionError(f"only {len(body)} of {length} bytes came")
+    # Hugging Face states it in a redirect.
+    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*r.history, r)]
+    return body, next((etag for etag in etags if len(etag) == 64), "")
 
 
 def shepherd_records(record):
@@ -1095,15 +1146,13 @@ def convert(name, source, folder):
     path = Path(folder, source.name.split(".")[0] + ".judged.jsonl")
     records, left_out = [], 0
     for i, original in enumerate(read_json(source)):
-        try:
+        with reading(source, f"record {i} is not in the layout of {name}"):
             converted = list(CONVERTERS[name]({"id": i, **original}))
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise InputError(f"{source}: record {i} is not in the layout of {name}: {error!r}") from None
         left_out += converted.count(None)
         for record in filter(None, converted):
             records.append(check_record(source, i, record, "instruction", "input?", "output", "judgment|null"))
     write_json_lines(path, records)
-    print(f"{path}: {len(records)} judged responses; left out {left_out} that are empty, skipped by the labeler or "
+    print0(f"{path}: {len(records)} judged responses; left out {left_out} that are empty, skipped by the labeler or "
           "without a refinement")
     return path
 
@@ -1131,7 +1180,7 @@ def main(argv=None):
             path, keys = folder / "ask.jsonl", ("id", "instruction", "input", "reference")
             asked = World(args.seed).instructions("validation", 300)
             write_json_lines(path, [{key: r[key] for key in keys} for r in asked])
-            print(f"{path}: {len(asked)} instructions of world {args.seed}")
+            print0(f"{path}: {len(asked)} instructions of world {args.seed}")
         elif args.file:
             convert(name, args.file, folder)
         else:

@@ -64,9 +64,10 @@ def detect(logp_judged, logp_plain, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate at both ends: through expm1 near 0, through log1p far below it.
 
-    x is clamped to -1e-6 (p = 0.999999): beyond it the value runs to -inf and its gradient to 0 * inf.
+    The value is clamped at x = -1e-6 (p = 0.999999), beyond which it runs to -inf. The gradient is not cut off there,
+    it stays at its size at -1e-6: a token of which the model is certain is the one that unlikelihood has to move.
     """
-    x = x.clamp(max=-1e-6)
+    x = torch.where(x > -1e-6, x - x.detach() - 1e-6, x)
     near = x > -math.log(2)
     # `where` differentiates both branches, so each one gets an argument at which its derivative is finite.
     by_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))

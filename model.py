@@ -15,12 +15,12 @@ needed: model.layers.0.self_attn.q_proj.weight and so on.
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import math
 import mmap
 import os
-import pickle
 import signal
 import threading
 import time
@@ -36,7 +36,7 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import IGNORE, InputError, atomic_write, pad, print0, write_json
+from data import FORMATS, IGNORE, InputError, atomic_write, pad, print0, reading, same_command, write_json
 from losses import fused_logp, fused_loss
 
 DTYPES = {
@@ -457,33 +457,45 @@ def save_adapter(model, directory, base):
     })
 
 
+# Keys of PEFT's adapter_config.json that we read, that change no function, or that have one value for what LoRALinear
+# does. All others have to be absent or empty (null, false, {}, []): they are options of other functions.
+PLAIN_LORA = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, None, "gaussian"]}
+HARMLESS = {"r", "lora_alpha", "target_modules", "modules_to_save", "task_type", "base_model_name_or_path", "revision",
+            "inference_mode", "lora_dropout", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"}
+
+
 def load_adapter(model, directory):
     """Adds a saved adapter (ours or PEFT's) to a model that has none."""
-    path = Path(directory, "adapter_config.json")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: give a directory with an adapter in PEFT's layout")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    implemented = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False}
-    for key, expected in implemented.items():
-        if config.get(key, expected) != expected:
-            raise InputError(f"{path}: {key} is {config[key]!r}; only {expected!r} is implemented")
-    add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    saved = read_safetensors(Path(directory, "adapter_model.safetensors"))
-    saved = {name.removeprefix("base_model.model."): t for name, t in saved.items()}
-    copy_weights(trained_weights(model), saved, directory)
+    path, weights = Path(directory, "adapter_config.json"), Path(directory, "adapter_model.safetensors")
+    with reading(path, "give a directory with an adapter in PEFT's layout"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(set(config) - HARMLESS):
+            if config[key] not in PLAIN_LORA.get(key, [None, False, {}, []]):
+                raise InputError(f"{path}: {key} is {config[key]!r}, which is not implemented")
+        saved = {name.removeprefix("base_model.model."): t for name, t in read_safetensors(weights).items()}
+        ranks = {len(t) for name, t in saved.items() if name.endswith("lora_A.weight")}
+        if ranks != {config["r"]} or not 0 < config["lora_alpha"] < 2**20:       # before any memory is taken
+            raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}, weights of rank {sorted(ranks)}")
+        add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    copy_weights(trained_weights(model), saved, weights)
 
 
 @torch.no_grad()
 def copy_weights(parameters, saved, source):
     """Copies saved tensors into parameters of the same names and shapes; anything else is an InputError."""
-    for name in sorted(set(parameters) | set(saved)):
-        before = list(saved[name].shape) if name in saved else None
-        now = list(parameters[name].shape) if name in parameters else None
-        if before != now:
-            raise InputError(f"{source}: {name} was saved with shape {before}, this model has {now}: use the model "
-                             "that it was saved from")
+    check_weights(parameters, saved, source)
     for name, p in parameters.items():
         p.copy_(saved[name])
+
+
+def check_weights(wanted, saved, source):
+    """Saved tensors have to be floating-point numbers with the names and shapes of those wanted."""
+    kind = " (a reward model)" if "score.weight" in set(saved) - set(wanted) else ""
+    for name in sorted({**wanted, **saved}):
+        before, now = (list(weights[name].shape) if name in weights else None for weights in (saved, wanted))
+        if before != now or not saved[name].is_floating_point():
+            raise InputError(f"{source}{kind}: {name} was saved with shape {before}, this model has {now}: use the "
+                             "model that it was saved from")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -646,15 +658,19 @@ def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints in Hugging Face's layout
 
-# What this network implements; a config.json that says otherwise describes another function.
+# What this network implements, the default first; a config.json that says otherwise describes another function.
 IMPLEMENTED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_type": "default",
-    "partial_rotary_factor": 1.0,
+    "model_type": ["llama"],
+    "hidden_act": ["silu"],
+    "attention_bias": [False],
+    "mlp_bias": [False],
+    "rope_type": ["default"],
+    "partial_rotary_factor": [1.0],
+    "prompt_format": [None, *FORMATS],                      # recorded by our scripts, as is the control token
+    "reward_token": [None, *range(8)],
 }
+# No LLaMA has larger numbers, more than a million elsewhere: a network of any size can be described, but not built.
+LARGEST = {"num_hidden_layers": 1000, "rope_theta": 1e10}
 
 
 def read_config(directory, quiet=False):
@@ -664,17 +680,9 @@ def read_config(directory, quiet=False):
     implement is an InputError: ignoring it would load another function.
     """
     path = Path(directory, "config.json")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: give a model directory in Hugging Face's layout")
-    try:
+    with reading(path, "give the directory of a LLaMA in Hugging Face's layout"):
         raw = json.loads(path.read_text(encoding="utf-8"))
         config, defaults = parse_config(path, raw)
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(f"{path}: the key {error} is missing") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: not a LLaMA's configuration: {error}") from None
     if defaults and not quiet:
         listed = ", ".join(f"{key} = {value}" for key, value in defaults.items())
         print0(f"{path}: absent keys take LLaMA's defaults: {listed}")
@@ -684,16 +692,16 @@ def read_config(directory, quiet=False):
 def parse_config(path, raw):
     """The raw dict of config.json -> (Config, {absent key: its default})."""
     found = {"model_type": raw.get("model_type")}
-    for key in ("hidden_act", "attention_bias", "mlp_bias"):
-        found[key] = raw.get(key, IMPLEMENTED[key])
+    for key in ("hidden_act", "attention_bias", "mlp_bias", "prompt_format", "reward_token"):
+        found[key] = raw.get(key, IMPLEMENTED[key][0])
     rope = raw.get("rope_parameters") or {}                 # transformers 5 nests what older files have at the top
     for name, nested in (("rope_parameters", rope), ("rope_scaling", raw.get("rope_scaling") or {})):
         found[f"{name}.rope_type"] = nested.get("rope_type", nested.get("type", "default"))
         found[f"{name}.partial_rotary_factor"] = nested.get("partial_rotary_factor", 1.0)
     for key, value in found.items():
         expected = IMPLEMENTED[key.rsplit(".", 1)[-1]]
-        if value != expected:
-            raise InputError(f"{path}: {key} is {value!r}; this LLaMA implements {expected!r} only")
+        if value not in expected:
+            raise InputError(f"{path}: {key} is {value!r}; this LLaMA implements {expected} only")
 
     given = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
     heads = raw["num_attention_heads"]
@@ -701,10 +709,14 @@ def parse_config(path, raw):
     for field in ("max_position_embeddings", "rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings"):
         optional[field] = getattr(Config, field)
     defaults = {key: value for key, value in optional.items() if given.get(key) is None}
-    values = {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name not in defaults}
-    config = Config(**values, **defaults)
-    config.rope_theta = float(config.rope_theta)
-    return config, defaults
+    values = {}
+    for field in dataclasses.fields(Config):
+        value, most = defaults.get(field.name, given.get(field.name)), LARGEST.get(field.name, 2**20)
+        kinds = (float, int) if field.type is float else (field.type,)
+        if type(value) not in kinds or not (value is False or 0 < value <= most):
+            raise ValueError(f"{field.name} is {value!r}, expected {field.type.__name__}, at most {most}")
+        values[field.name] = field.type(value)
+    return Config(**values), defaults
 
 
 SAFETENSORS_DTYPES = {
@@ -717,34 +729,27 @@ def read_safetensors(path):
     """Maps a safetensors file: {name: tensor}. The tensors are views of the mapped file; nothing is read yet.
 
     Layout: 8 bytes with the header's length, a JSON header {name: {dtype, shape, data_offsets}}, the raw little-endian
-    numbers.
+    numbers, one tensor right after the other.
     """
-    if os.path.getsize(path) < 8:
-        raise InputError(f"{path}: {os.path.getsize(path)} bytes are no safetensors file: download it again")
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)             # copy-on-write, page by page
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = dict(json.loads(data[8:start]))
-    except ValueError:
-        raise InputError(f"{path}: not a safetensors file (its header is not a JSON object)") from None
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            known = ", ".join(SAFETENSORS_DTYPES)
-            raise InputError(f"{path}: {name} has dtype {entry['dtype']}; known: {known}")
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        count = math.prod(entry["shape"])
-        if start + end > len(data) or count * dtype.itemsize != end - begin:
-            raise InputError(f"{path}: {name} of shape {entry['shape']} does not fit in bytes {start + begin} to "
-                             f"{start + end} of {len(data)}: the file is truncated or damaged")
-        if count:
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
-        else:
+    known = ", ".join(SAFETENSORS_DTYPES)
+    with reading(path, f"download it again, or convert it to {known}"), open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)             # copy-on-write, page by page
+        begin = start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, count = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], math.prod(entry["shape"])
+            end = begin + count * dtype.itemsize
+            if entry["data_offsets"] != [begin - start, end - start] or end > len(data):
+                raise ValueError(f"{name} of shape {shape} has offsets {entry['data_offsets']}, expected "
+                                 f"{[begin - start, end - start]} in {len(data) - start} bytes")
             flat = torch.zeros(0, dtype=dtype)
-        tensors[name] = flat.view(entry["shape"])
+            if count:
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+            tensors[name], begin = flat.view(shape), end
+        if begin != len(data):
+            raise ValueError(f"{len(data) - begin} bytes belong to no tensor")
     return tensors
 
 
@@ -765,12 +770,16 @@ def write_safetensors(path, tensors):
 
 
 def read_bin(path):
-    """A pickled state_dict, memory-mapped where PyTorch can. weights_only=True refuses to run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as plain weights: {reason}") from None
+    """A pickled state_dict, memory-mapped where PyTorch can."""
+    with reading(path, "download it again, or save plain weights"):
+        return {name: tensor.detach() for name, tensor in read_pickle(path, zipfile.is_zipfile(path)).items()}
+
+
+def read_pickle(path, mmap=False):
+    """What torch.save wrote. Runs no code (weights_only) and compares the checksums, which PyTorch does not."""
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        raise ValueError("its checksums are wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_weights(directory):
@@ -786,18 +795,15 @@ def read_weights(directory):
 
 def read_shards(index, read):
     """All tensors of the shards that an index file names."""
-    try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{index}: no 'weight_map' that says which shard holds which weight") from None
     weights = {}
-    for shard in sorted(set(shard_of.values())):
-        path = index.parent / shard
-        if not path.is_file():
-            raise InputError(f"{index}: names {shard}, which is not there: download it again")
-        weights.update(read(path))
-    if absent := sorted(set(shard_of) - set(weights)):
-        raise InputError(f"{index}: {absent[0]} is in none of the shards")
+    with reading(index, "its 'weight_map' has to name files beside it; download it again"):
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for shard in sorted(set(shard_of.values())):
+            if Path(shard).name != shard:
+                raise ValueError(f"{shard!r} is in another folder")
+            weights.update(read(index.parent / shard))
+        if absent := sorted(set(shard_of) - set(weights)):
+            raise ValueError(f"{absent[0]} is in none of the shards")
     return weights
 
 
@@ -806,14 +812,7 @@ def load_into(model, weights, directory, dtype, device):
     copy of the whole. Names and shapes have to match exactly."""
     wanted = model.state_dict()
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # buffer, old files
-    if absent := sorted(set(wanted) - set(weights)):
-        raise InputError(f"{directory}: lacks {len(absent)} of {len(wanted)} weights, {absent[0]} for one")
-    if unexpected := sorted(set(weights) - set(wanted)):
-        raise InputError(f"{directory}: unexpected weight {unexpected[0]}")
-    for name, w in wanted.items():
-        if weights[name].shape != w.shape:
-            raise InputError(f"{directory}: {name} has shape {list(weights[name].shape)}, its config.json says "
-                             f"{list(w.shape)}")
+    check_weights(wanted, weights, directory)
     model.load_state_dict({name: weights[name].to(device, dtype) for name in wanted}, assign=True)
     return model.requires_grad_(True)
 
@@ -838,6 +837,8 @@ def write_model_directory(directory, config, weights, architecture, tokenizer, e
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and processes. Every rank must reach every collective: no `if rank() == 0` around anything that communicates.
 
+PATIENCE = datetime.timedelta(minutes=10)        # after which a rank no longer waits for one that is stuck
+
 
 def setup_device(name=""):
     """The device of this process; joins torchrun's process group if there is one. "" picks CUDA, then MPS, then CPU."""
@@ -860,7 +861,7 @@ def setup_device(name=""):
         torch.set_float32_matmul_precision("high")
         print0("fp32 matmuls run in TF32 (10 bits of mantissa)")
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
 
 
@@ -1054,8 +1055,39 @@ def peak_memory(device):
 # Run: what a training run has besides its lesson (you may skip this)
 
 # Flags that may differ between a run and its resumption, because they do not change what it computes.
-RESUME_MAY_CHANGE = {"resume", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "zero",
-                     "checkpoint_activations"}
+MAY_CHANGE = {"resume", "overwrite", "out", "device", "save_every", "micro_batch_size", "sample_batch_size", "zero",
+              "checkpoint_activations"}
+
+
+def changed_flag(before, now):
+    """The first flag in which two runs differ, as text; "" if they compute the same."""
+    for name, value in now.items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            return f"--{name.replace('_', '-')} was {before.get(name)!r}, is {value!r}"
+    return ""
+
+
+@functools.cache
+def lock(folder):
+    """Keeps other processes from running in this folder until this one ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:                                                     # Windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is at work here: wait for it, or give another --out") from None
+
+
+def check_finite(model):
+    """Raises InputError if trained weights are NaN, infinite, or so large that their squares overflow, before they are
+    written over usable ones."""
+    for name, p in trained_weights(model).items():
+        if not p.square().sum().isfinite():
+            raise InputError(f"the run has diverged: {name} is not finite or too large; it was not written, an earlier "
+                             "save stays: lower --lr")
 
 
 class Run:
@@ -1080,10 +1112,12 @@ class Run:
         self.start = self.step_start = time.time()
         self.sums = collections.Counter()
         self.stopped = self.due = False
+        if rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock(self.out.resolve())
         if resume:
             self.load()
         elif rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)                               # of an earlier run: not to be resumed
         if rank() == 0:
             self.metrics = self.open_metrics(self.out / "metrics.jsonl")
@@ -1111,18 +1145,19 @@ class Run:
     def update(self, loss, lr, examples=()):
         """One optimizer step with clipped gradients. loss: this rank's part of the step's loss.
 
-        Returns the loss over all ranks and the gradient norm before clipping. `examples` are named if the loss is not
-        finite, which ends the run.
+        Returns the loss over all ranks and the gradient norm before clipping. `examples` are named if one of the two is
+        not finite, which ends the run before the step is taken.
         """
         loss, = all_sum([loss])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.state['step']}: the loss is {loss}; examples {list(examples)}")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)      # equal on all ranks
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()      # equal on all ranks
+        if not math.isfinite(loss + norm):
+            raise InputError(f"the run has diverged: step {self.state['step']} has loss {loss} and gradient norm {norm}"
+                             f": lower --lr, or look at its examples {list(examples)}")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm.item()
+        return loss, norm
 
     def add(self, **numbers):
         """Adds numbers of a micro-batch to the sums that the step will log."""
@@ -1148,6 +1183,7 @@ class Run:
 
     def save(self):
         """Writes resume.pt. Every rank calls this: what --zero has sharded is collected on rank 0."""
+        check_finite(self.model)
         if hasattr(self.optimizer, "consolidate_state_dict"):
             self.optimizer.consolidate_state_dict(to=0)
         if rank():
@@ -1161,17 +1197,15 @@ class Run:
 
     def load(self):
         """Restores what save() wrote; the flags have to agree."""
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: nothing to resume: leave --resume out, or give the stopped run's --out")
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        for key, now in self.flags.items():
-            before = saved["flags"].get(key)
-            if key not in RESUME_MAY_CHANGE and before != now:
-                raise InputError(f"{self.path}: --{key.replace('_', '-')} was {before!r}, is {now!r}: resume with "
-                                 "equal flags")
-        copy_weights(trained_weights(self.model), saved["model"], self.path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = saved["state"]
+        with reading(self.path, "start over with --overwrite"):
+            if damaged := zipfile.ZipFile(self.path).testzip():
+                raise ValueError(f"checksum of {damaged}")
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if changed := changed_flag(saved["flags"], self.flags):
+                raise InputError(f"{self.path}: {changed}: resume with equal flags")
+            copy_weights(trained_weights(self.model), saved["model"], self.path)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.state = saved["state"]
 
     def open_metrics(self, path):
         """Opens metrics.jsonl for appending. Keeps the lines up to the saved step, since later steps run again."""
@@ -1190,9 +1224,9 @@ class Run:
             self.path.unlink(missing_ok=True)
         barrier()                                                           # the model is saved, resume.pt is gone
         if self.stopped:
-            print0(f"stopped: go on with --resume; {self.out}, {self.seconds():.0f} s")
+            print0(f"stopped after {self.seconds():.0f} s: go on with {same_command('--resume')}")
             return 130
-        print0(f"model in {self.out}, {self.seconds():.0f} s")
+        print0(f"model in {self.out}, {self.seconds():.0f} s; its curves: python evaluate.py report {self.out}")
         return 0
 
 

@@ -20,17 +20,21 @@ Next to OUT stand OUT.failed.jsonl (records without an answer, with the reason),
 (every answer as it came: a rerun only asks for what is missing).
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
+import shlex
 import sys
 import threading
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +44,7 @@ from requests.adapters import HTTPAdapter, MaxRetryError, Retry
 from tqdm import tqdm
 
 from data import (
-    FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, InputError, Tokenizer, World, chunks, corrected, count_errors,
+    FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, InputError, Tokenizer, World, chunks, collate, corrected, count_errors,
     fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids,
     read_instructions, read_judged, read_outputs, read_pairs, run_main, units, write_json, write_json_lines)
 from model import (
@@ -101,7 +105,7 @@ def score_texts(directory, records, texts, prompt_format=None, dtype="float32", 
 
     EOS is scored with every text, except one of `most` tokens: that one was truncated."""
     tokenizer = Tokenizer.from_pretrained(directory)
-    prompt_format = model_format(directory, prompt_format)
+    prompt_format = model_format(directory, prompt_format, reward=True)
     model = RewardModel.from_pretrained(directory, DTYPES[dtype], device)
     sequences = []
     for record, record_texts in zip(records, texts):
@@ -112,13 +116,40 @@ def score_texts(directory, records, texts, prompt_format=None, dtype="float32", 
     return [list(itertools.islice(scores, len(record_texts))) for record_texts in texts]
 
 
-def model_format(directory, prompt_format=None):
+@torch.no_grad()
+def response_logp(model, rows, device, batch_size=64):
+    """Log-probabilities of responses: rows of (prompt, response), token ids -> a list of (n,), n response tokens."""
+    logp = []
+    for part in chunks(rows, batch_size):
+        logp += model(*collate(part, device)).cpu().split([len(response) for _, response in part])
+    return logp
+
+
+def model_format(directory, prompt_format=None, reward=False):
     """The prompt format of a model directory: the one given, or the one recorded in its config.json."""
-    prompt_format = prompt_format or read_config(directory, quiet=True)[1].get("prompt_format")
+    raw = read_config(directory, quiet=True)[1]
+    if not reward and "SequenceClassification" in str(raw.get("architectures")):
+        raise InputError(f"{directory} is a reward model, which scores texts and writes none: give it to --reward")
+    prompt_format = prompt_format or raw.get("prompt_format")
     if prompt_format is None:
         raise InputError(f"{directory}/config.json does not record a prompt format: give --format, one of "
                          f"{', '.join(FORMATS)}")
     return prompt_format
+
+
+def newest_run():
+    """The newest finished run of the built-in world in out/ that trained a policy."""
+    runs = []
+    for path in Path("out").glob("*/config.json"):
+        config = path.read_text(encoding="utf-8", errors="replace")
+        finished = not path.with_name("resume.pt").exists()
+        if finished and '"LlamaForCausalLM"' in config and '"data": ""' in config:
+            runs.append((path.stat().st_mtime, str(path.parent)))
+    if not runs:
+        raise InputError("no finished run of the built-in world in out/: start with `python train_cut.py`, or give "
+                         "--model DIR")
+    print0(f"{max(runs)[1]} is the newest run in out/")
+    return max(runs)[1]
 
 
 def conditioned(directory, records):
@@ -132,92 +163,88 @@ def conditioned(directory, records):
 # ----------------------------------------------------------------------------------------------------------------------
 # API client: chat completions from an OpenAI-compatible server
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}        # overload or a passing fault
-FATAL = {401, 402, 403, 404}         # wrong key, no credit, no access, no such address or model: no call can succeed
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 520, 522, 529}                  # overload or a passing fault
+FATAL = ("HTTP 401", "HTTP 402", "HTTP 403", "HTTP 404")        # wrong key, no credit, no access, no such address
+NO_CREDIT = "insufficient_quota"     # what a 429 says that stands for an account without credit
+CHARGED = {*range(200, 300), 504, 524}         # a gateway has given up waiting: the server behind it may charge
+REFUSED = {"prompt_tokens": 0, "completion_tokens": 0}
+MOST_BYTES = 10_000_000              # of an answer
+PATIENCE = 20                        # failed calls, before the first answer, that end a run
+PAUSE = 0.25                         # seconds before a call is sent again, doubled each time
 
 
 class Answer(NamedTuple):
-    text: str | None         # None: the call failed
-    reason: str = ""         # of the failure
-
-
-class DryRun(Exception):
-    """Raised by a dry run in place of sending anything."""
+    text: str | None = None      # None: the call failed
+    reason: str = ""             # of the failure
+    truncated: bool = False      # at max_tokens
+    usage: dict | None = None    # tokens that were charged; None: unknown
 
 
 class Cache:
-    """Answers by key, appended to a JSON Lines file as they come.
+    """Answers by key and the tokens of all calls, appended to a JSON Lines file as they come.
 
-    Every entry begins with its line break, so a line that a crash has torn never touches the next one. Torn lines
-    are skipped when the file is read."""
+    Every entry begins with its line break, so a line that a crash has torn never touches the next one. Lines that are
+    no entries are skipped when the file is read."""
 
-    def __init__(self, path):
-        self.path, self.answers = Path(path), {}
+    def __init__(self, args):
+        args.cache = args.cache or (f"{args.out}.cache.jsonl" if args.out else os.devnull)
+        self.path, self.answers, self.used = Path(args.cache), {}, Counter()
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.split("\n"):                                    # splitlines() would also split at U+2028
-            try:
+            with contextlib.suppress(Exception):
                 entry = json.loads(line)
-                self.answers[entry["key"]] = entry["text"]
-            except (ValueError, KeyError, TypeError):
-                continue
+                self._remember(entry.pop("key"), Answer(**{**entry, "usage": read_usage(entry)}))
 
     @staticmethod
     def key(*parts):
         """A hash of everything that decides the answer."""
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def add(self, key, text):
-        self.answers[key] = text
+    def _remember(self, key, answer):
+        if isinstance(answer.text, (str, list)):
+            self.answers[key] = answer
+        if answer.usage:
+            self.used.update(calls=1, **answer.usage)
+
+    def add(self, key, answer):
+        self._remember(key, answer)
+        entry = {name: value for name, value in answer._asdict().items() if value}
+        self.append("\n" + json.dumps({"key": key, **entry}, ensure_ascii=False))
+
+    def append(self, text=""):
+        """Writes to the file. Without a text, finds out that it can be written before anything is paid."""
         if rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps({"key": key, "text": text}, ensure_ascii=False))
-
-
-class APIRetry(Retry):
-    """urllib3's Retry (exponential backoff with jitter, Retry-After), with two additions."""
-
-    def increment(self, *args, response=None, **kw):
-        """429 also stands for an account without credit: there, retrying cannot help."""
-        if response is not None and response.status == 429 and b"insufficient_quota" in response.data:
-            raise InputError("HTTP 429: insufficient_quota: the account has no credit")
-        return super().increment(*args, response=response, **kw)
-
-    def parse_retry_after(self, value):
-        """Seconds that the server asks for, at most ten minutes; 0 if the header is malformed."""
-        try:
-            return min(600, super().parse_retry_after(value))
-        except Exception:
-            return 0
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
 
 
 class Client:
-    """Sends chat completions, --at-once at a time, and stores every answer in the cache.
+    """Sends chat completions, --at-once at a time, and stores the answers as they come.
 
-    Each worker thread stores its answer before it sends the next request: a crash loses at most the requests in
-    flight. Failures are never stored. The key is sent to --api only and is removed from every text."""
+    Each call has a daemon thread, and all else happens in the caller's: a crash loses at most the calls in flight, and
+    Ctrl-C waits for none of them. The key is sent to --api only and is removed from every text."""
 
     def __init__(self, args):
         if not (args.api and args.api_model):
             raise InputError("an API needs --api URL and --api-model NAME, the model's name on that server")
-        if not args.api.startswith(("http://", "https://")):
-            raise InputError(f"--api {args.api}: a URL begins with http:// or https://")
+        if not re.match("https?://[^/]", args.api):
+            raise InputError(f"--api {args.api}: a URL begins with http:// or https:// and the name of a server")
         if args.max_cost < math.inf and args.price is None:
             raise InputError("--max-cost needs --price PROMPT COMPLETION, in dollars per million tokens")
         self.url = args.api.rstrip("/") + "/chat/completions"
-        self.cache = Cache(args.cache or (f"{args.out}.cache.jsonl" if args.out else os.devnull))
-        self.at_once, self.timeout, self.dry_run = args.at_once, args.timeout, args.dry_run
+        self.at_once, self.timeout, self.tries, self.dry_run = args.at_once, args.timeout, args.tries, args.dry_run
         self.price, self.max_cost = args.price, args.max_cost
         self.key = os.environ.get(args.key_env, "").strip()
         if not re.fullmatch("[!-~]*", self.key):                          # http.client's own error would show it
             raise InputError(f"the API key in {args.key_env} contains a space or a non-ASCII character: copy it again")
-        self.stats = {"calls": 0, "from_cache": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
-        self.lock, self.connected = threading.Lock(), False
-        # read=False: what was sent is not repeated when the connection breaks, because it may have been charged.
-        retry = APIRetry(args.tries - 1, read=False, other=0, allowed_methods=None, status_forcelist=RETRIED,
-                         raise_on_status=False, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60)
+        self.cache, self.from_cache, self.failed, self.answered = Cache(args), 0, {}, False
+        self.flying, self.replies = {}, queue.SimpleQueue()         # {key: the most tokens} of the calls in flight
         self.session = requests.Session()
-        self.session.mount(self.url, HTTPAdapter(pool_maxsize=args.at_once, max_retries=retry))
+        self.session.mount(self.url, HTTPAdapter(pool_maxsize=args.at_once))
         self.session.auth = self._authorize                               # also keeps ~/.netrc out
 
     def _authorize(self, request):
@@ -226,108 +253,167 @@ class Client:
         return request
 
     def _hide_key(self, text):
-        return text.replace(self.key, "[key]") if self.key else text
+        return text.replace(self.key, "[key]") if self.key and text else text
 
-    def cost(self, prompt_tokens, completion_tokens):
+    def cost(self, usage):
         """Dollars; 0 without --price."""
         prompt_price, completion_price = self.price or (0.0, 0.0)
-        return (prompt_tokens * prompt_price + completion_tokens * completion_price) / 1e6
+        return (usage["prompt_tokens"] * prompt_price + usage["completion_tokens"] * completion_price) / 1e6
 
-    def complete(self, payloads, whole=False):
-        """Answers to the payloads, in their order; equal payloads are sent once. `whole`: a truncated answer is a
-        failure. Raises InputError for a fault that no call can escape, after storing what has come in."""
+    @property
+    def stats(self):
+        """Calls, tokens and cost of all runs with this cache."""
+        used = {name: self.cache.used[name] for name in ("calls", *REFUSED)}
+        return {**used, "cost": self.cost(used), "from_cache": self.from_cache}
+
+    def complete(self, payloads):
+        """Answers to the payloads, in their order; equal payloads are sent once. Raises InputError for a fault that no
+        call can escape, after storing what has come in."""
         keys = [Cache.key(self.url, payload) for payload in payloads]
         todo = {k: p for k, p in zip(keys, payloads) if k not in self.cache.answers}
-        self.stats["from_cache"] += len(set(keys)) - len(todo)
+        self.from_cache += len(set(keys)) - len(todo)
         if self.dry_run:
             self.print_estimate(todo.values())
-            raise DryRun
-        answers = {}
-        pool = ThreadPoolExecutor(self.at_once)
-        try:
-            futures = {pool.submit(self._ask, k, p, whole): k for k, p in todo.items()}
-            for future in tqdm(as_completed(futures), "calls", len(todo), delay=1):
-                answers[futures[future]] = future.result()
-        except InputError as error:
-            raise InputError(f"{self.url}: {error} (answers that came in are kept in {self.cache.path})") from None
-        finally:                                              # also after Ctrl-C: only finish what was sent
-            pool.shutdown(cancel_futures=True)
-        return [answers[k] if k in answers else Answer(self.cache.answers[k]) for k in keys]
+            sys.exit(0)
+        self.cache.append()
+        self._ask(todo)
+        return [self.cache.answers.get(key) or self.failed[key] for key in keys]
 
-    def _ask(self, key, payload, whole):
-        """One call within the budget, its answer stored. Runs in a worker thread."""
-        highest = self.cost(prompt_bytes(payload), payload["max_tokens"])
-        with self.lock:
-            if self.stats["cost"] + highest > self.max_cost:
-                return Answer(None, f"not sent: --max-cost {self.max_cost} could be exceeded")
-            self.stats["cost"] += highest                                 # corrected when the usage is known
-            self.stats["calls"] += 1
-        answer, usage = self._send(payload, whole)
-        with self.lock:
-            if usage:
-                self.stats["cost"] += self.cost(**usage) - highest
-                for name, count in usage.items():
-                    self.stats[name] += count
-            if answer.text:
-                self.cache.add(key, answer.text)
-        return answer
-
-    def _send(self, payload, whole):
-        """One request: (Answer, usage). The usage is None if the request was sent and no valid usage came back: then
-        it counts at its highest cost. HTTP errors cost nothing. InputError: every other call would fail, too."""
-        usage = None
+    def _ask(self, todo):
+        """Sends {key: payload} and stores what comes."""
+        patience = self.timeout
         try:
-            reply = self.session.post(self.url, json=payload, timeout=(10, self.timeout), allow_redirects=False)
-            self.connected = True
-            if reply.status_code != 200:
-                reason = f"HTTP {reply.status_code}: {self._hide_key(reply.text)}"
-                return failure(reason, fatal=reply.status_code in FATAL), NOTHING
-            body = reply.json()
-            usage = read_usage(body)
-            choice = body["choices"][0]
-            text = choice["message"]["content"]
-            if not text or not text.strip():
-                return failure("empty answer"), usage
-            if whole and choice.get("finish_reason") == "length":
-                return failure(f"truncated: the answer has more than {payload['max_tokens']} tokens"), usage
-            text = text.encode("utf-8", "replace").decode()               # half a surrogate pair cannot be written
-            return Answer(self._hide_key(text)), usage
-        except InputError:
+            for key, payload in tqdm(todo.items(), "calls", delay=1):
+                most = Counter(prompt_tokens=prompt_bytes(payload), completion_tokens=payload["max_tokens"])
+                while self.flying and (len(self.flying) >= self.at_once or self._over_budget(most)):
+                    self._receive()
+                if self._over_budget(most):
+                    self.failed[key] = Answer(reason=f"not sent: --max-cost {self.max_cost} could be exceeded")
+                    continue
+                self.flying[key] = most
+                threading.Thread(target=self._send, args=(key, payload), daemon=True).start()
+            while self.flying:
+                self._receive()
+        except KeyboardInterrupt:
+            patience = 1
             raise
+        finally:
+            end = time.monotonic() + patience
+            with contextlib.suppress(queue.Empty, KeyboardInterrupt):      # a second Ctrl-C ends this wait
+                while self.flying:
+                    self._receive(max(0, end - time.monotonic()))
+            for key, most in self.flying.items():
+                self.cache.add(key, Answer(reason="interrupted", usage=most))
+
+    def _over_budget(self, most):
+        return self.cost(sum(self.flying.values(), self.cache.used + most)) > self.max_cost
+
+    def _receive(self, seconds=None):
+        """Stores the next answer. What does not say what it used counts with the most that it can."""
+        key, answer = self.replies.get(timeout=seconds)
+        most = self.flying.pop(key)
+        answer = answer._replace(text=self._hide_key(answer.text),
+                                 reason=" ".join(self._hide_key(answer.reason).split())[:300],
+                                 usage=most if answer.usage is None else answer.usage)
+        self.cache.add(key, answer)
+        if answer.text is None:
+            self.failed[key] = answer
+        self.answered |= answer.text is not None
+        fatal = answer.reason.startswith(FATAL) or NO_CREDIT in answer.reason
+        hopeless = len(self.failed) >= PATIENCE and not self.answered and not self.from_cache
+        if seconds is None and (fatal or hopeless):
+            raise InputError(f"{self.url}: {answer.reason} ({len(self.failed)} calls failed; answers are kept in "
+                             f"{self.cache.path})")
+
+    def _send(self, key, payload):
+        """Brings the Answer to a payload, after at most --tries tries. Runs in a thread of its own."""
+        for number in range(1, self.tries + 1):
+            answer, pause = self._try(payload)
+            if pause is None or number == self.tries:
+                break
+            time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
+        self.replies.put((key, answer))
+
+    def _try(self, payload):
+        """One request: (Answer, seconds to wait before the next, or None). What may be charged is not sent again."""
+        usage, pause, text = None, None, ""
+        try:
+            status, after, text = within(self.timeout, self._post, payload)
+            if status == 200:
+                reply = json.loads(text)
+                usage = read_usage(reply)
+                return read_choice(payload, reply["choices"][0])._replace(usage=usage), None
+            reason = f"HTTP {status}:"
+            if status not in CHARGED:
+                usage = REFUSED
+            if status in RETRIED and NO_CREDIT not in text:
+                pause = after
         except Exception as error:                            # whatever is not a complete, well-formed reply
-            reason = self._hide_key(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {str(error) or 'no complete answer in time'}"
             if any(isinstance(cause, MaxRetryError) for cause in error.args):             # no connection: never sent
-                return failure(reason, fatal=not self.connected), NOTHING
-            self.connected = True
-            return failure(reason), usage
+                usage, pause = REFUSED, 0
+        return Answer(reason=f"{reason} {text}", usage=usage), pause
+
+    def _post(self, payload):
+        """Sends a payload: (status, seconds that the server asks to wait, body)."""
+        with self.session.post(self.url, json=payload, timeout=(10, self.timeout), stream=True,
+                               allow_redirects=False) as reply:
+            body = b""
+            for block in reply.iter_content(1 << 16):
+                body += block
+                if len(body) > MOST_BYTES:
+                    raise ValueError(f"the answer is longer than {MOST_BYTES} bytes")
+            pause = 0
+            with contextlib.suppress(Exception):                          # absent or malformed
+                pause = min(600, Retry().parse_retry_after(reply.headers["Retry-After"]))
+            return reply.status_code, pause, body.decode("utf-8", "replace")
 
     def print_estimate(self, payloads):
         """Prints what sending the payloads would cost at most."""
         usage = {"prompt_tokens": sum(map(prompt_bytes, payloads)) // 4,                    # about 4 bytes per token
                  "completion_tokens": sum(payload["max_tokens"] for payload in payloads)}
-        print(f"{len(payloads)} calls to send, {self.stats['from_cache']} answers in the cache: about "
-              f"{usage['prompt_tokens']} prompt tokens, at most {usage['completion_tokens']} completion tokens")
-        cost = f"at most ${self.cost(**usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
-        print(f"cost: {cost}")
+        print0(f"{len(payloads)} calls to send, {self.from_cache} answers in the cache: about "
+               f"{usage['prompt_tokens']} prompt tokens, at most {usage['completion_tokens']} completion tokens")
+        cost = f"at most ${self.cost(usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
+        print0(f"cost: {cost}")
 
 
-NOTHING = {"prompt_tokens": 0, "completion_tokens": 0}
+def within(seconds, function, *args):
+    """function(*args), or TimeoutError after `seconds`. (A socket's timeout bounds each read: a server that sends a
+    byte now and then would be waited for without end.)"""
+    future = Future()
 
-
-def failure(reason, fatal=False):
-    """A failed Answer, its reason as one line of at most 300 characters. Fatal reasons raise InputError instead."""
-    reason = " ".join(reason.split())[:300]
-    if fatal:
-        raise InputError(reason)
-    return Answer(None, reason)
+    def run():
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def read_usage(body):
     """The prompt_tokens and completion_tokens of a reply, or None unless it states both as plausible numbers."""
-    usage = body.get("usage") or {}
-    counts = {name: usage.get(name) for name in NOTHING}
+    usage = body.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    counts = {name: usage.get(name) for name in REFUSED}
     valid = all(type(count) is int and 0 <= count < 1e9 for count in counts.values())
     return counts if valid else None
+
+
+def read_choice(payload, choice):
+    """The Answer in a reply's choice. Where log-probabilities were asked for, its text is {token: log-probability}."""
+    if payload.get("logprobs"):
+        if not choice.get("logprobs"):
+            return Answer(reason="no log-probabilities: this server gives none")
+        top = choice["logprobs"]["content"][0]["top_logprobs"]
+        return Answer(json.dumps({entry["token"]: float(entry["logprob"]) for entry in top}))
+    text = choice["message"]["content"] or ""
+    if not text.strip():
+        return Answer(reason="empty answer")
+    text = text.encode("utf-8", "replace").decode()                       # half a surrogate pair cannot be written
+    return Answer(text, truncated=choice.get("finish_reason") == "length")
 
 
 def prompt_bytes(payload):
@@ -344,11 +430,17 @@ def chat(model, user, system="", **settings):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Prompts of the API judges. fill_template inserts texts verbatim: no output can fill another field or close a message.
+# Prompts of the API judges. Every line of a text is quoted, so that no text can pose as another field of its prompt.
 
+QUOTED = "Texts are quoted: `> ` begins each of their lines, and none of yours."
 REFINE_USER = ("Instruction:\n{instruction}\n\nAn earlier answer:\n{output}\n\n"
                "What a reviewer said of it:\n{judgment}\n\n"
                "Write the answer anew so that the reviewer would have nothing to object to. Give only the answer.")
+
+
+def quote(text):
+    """The text with `> ` before every line."""
+    return "\n".join("> " + line for line in text.splitlines() or [""])
 
 
 def read_judgment(reply):
@@ -381,10 +473,11 @@ class Annotator(NamedTuple):
 
 class Style(NamedTuple):
     request: str                 # the answer format that the prompt asks for
-    prefers_a: str               # pattern of a label for output (a); ^ is the start of a line
-    prefers_b: str
+    label: str                   # pattern of a line with a label: its group is for the first output or the second
     example: str                 # the answer in the worked example
     tokens: int                  # per pair
+    names: str = "ab"            # of the two outputs
+    settings: dict = {}          # of the call
 
 
 CAREFUL = "You value correctness above all: a fluent answer with a false statement loses."
@@ -409,44 +502,52 @@ ANNOTATORS = [
     Annotator("basic-3", "basic", "list", 5, FRIENDLY, True),
     Annotator("basic-4", "basic", "word", 1),
 ]
+PROMPTED = Annotator("model", "strong", "word", 1, CAREFUL)               # --judge-model
 SINGLE = [Annotator("single", "strong", "json", 1, CAREFUL)]              # one low-variance judge
+WEIGHTED = [Annotator("weighted", "strong", "letter", 1, CAREFUL)]        # as AlpacaEval 2's: probabilities of a letter
 
 STYLES = {
     "word": Style("Answer with one line and nothing else: `Output (a)` or `Output (b)`.",
-                  r"Output \(a\)", r"Output \(b\)", "Output (b)", 20),
+                  r"[ `]*Output \((?:(a)|b)\)[ `]*", "Output (b)", 20),
     "list": Style("Answer with one line for each pair, in order: `Output (a)` or `Output (b)`. Write nothing else.",
-                  r"^ ?Output \(a\)", r"^ ?Output \(b\)", "Output (b)", 20),
+                  r"[ `]*Output \((?:(a)|b)\)[ `]*", "Output (b)", 20),
     "json": Style('Answer with one line of JSON for each pair, in order: '
                   '{"reason": "a few words", "a_is_better": true or false}',
-                  r'"a_is_better"\s*:\s*true', r'"a_is_better"\s*:\s*false',
+                  r'\s*\{.*"a_is_better"\s*:\s*(?:(true)|false)\s*\}\s*',
                   '{"reason": "(a) is wrong: 2 plus 2 is 4", "a_is_better": false}', 80),
+    "letter": Style("Answer with one letter and nothing else: `m` for output (m), `M` for output (M).", "", "M", 1,
+                    "mM", {"logprobs": True, "top_logprobs": 5}),
 }
-PAIR = "Pair {number}\nInstruction:\n{instruction}\n\nOutput (a):\n{a}\n\nOutput (b):\n{b}\n"
+PAIR = "Pair {number}\nInstruction:\n{instruction}\n\nOutput ({first}):\n{a}\n\nOutput ({second}):\n{b}\n"
 EXAMPLE = {"instruction": "What is 2 plus 2?", "output_1": "It is 5.", "output_2": "4"}
 DUMMY = {"instruction": "1+1=", "output_1": "2", "output_2": "3"}         # completes a prompt of several pairs
 
 
-def show_pair(number, pair):
-    return fill_template(PAIR, number=str(number), instruction=whole_instruction(pair), a=pair["output_1"],
-                         b=pair["output_2"])
+def show_pair(number, pair, names="ab"):
+    return fill_template(PAIR, number=str(number), instruction=quote(whole_instruction(pair)), first=names[0],
+                         second=names[1], a=quote(pair["output_1"]), b=quote(pair["output_2"]))
 
 
 def annotator_prompt(annotator, pairs, model):
     """The chat payload that asks an annotator about its pairs (records with output_1 and output_2, in shown order)."""
     style = STYLES[annotator.style]
     task = "You compare two outputs for the same instruction and say which is better."
-    system = " ".join(filter(None, [task, annotator.persona, style.request]))
+    system = " ".join(filter(None, [task, QUOTED, annotator.persona, style.request]))
     if annotator.example:
         system += f"\n\nAn example:\n{show_pair(1, EXAMPLE)}\n{style.example}"
-    user = "\n".join(show_pair(number, pair) for number, pair in enumerate(pairs, 1))
-    return chat(model, user, system, temperature=1.0, max_tokens=style.tokens * annotator.pairs)
+    user = "\n".join(show_pair(number, pair, style.names) for number, pair in enumerate(pairs, 1))
+    return chat(model, user, system, temperature=1.0, max_tokens=style.tokens * annotator.pairs, **style.settings)
 
 
-def find_labels(text, prefers_a, prefers_b):
-    """The labels in a reply, in order: 1 for each match of the first pattern, 2 of the second. The text must not be
-    stripped: a pattern may need the line break before it."""
-    matches = re.finditer(f"(?P<a>{prefers_a})|(?P<b>{prefers_b})", text, re.MULTILINE)
-    return [1 if match["a"] is not None else 2 for match in matches]
+def find_labels(text, style):
+    """The labels in a reply, in order, 1 or 2 for each line that is one in the form asked for. For `letter`, the text
+    is that of Client._read: 1 + P(second output is better)."""
+    if style == "letter":
+        logp = json.loads(text)
+        preference = preference_from_logprobs(*[logp.get(name, -math.inf) for name in "mM"])
+        return [] if preference is None else [preference]
+    matches = [re.fullmatch(STYLES[style].label, line) for line in text.splitlines()]
+    return [1 if match[1] else 2 for match in matches if match]
 
 
 def group_prompts(annotators, seed):
@@ -472,8 +573,7 @@ def ask_annotators(client, models, seed):
 
         results = [None] * len(pairs)
         for (annotator, indices), answer in zip(groups, client.complete(payloads)):
-            style = STYLES[annotator.style]
-            labels, reason = find_labels(answer.text or "", style.prefers_a, style.prefers_b), answer.reason
+            labels, reason = find_labels(answer.text, annotator.style) if answer.text else [], answer.reason
             if len(labels) != annotator.pairs:
                 reason = reason or f"not understood: {len(labels)} labels for {annotator.pairs} pairs"
                 labels = [None] * annotator.pairs
@@ -519,7 +619,7 @@ def pair_up(records, seed):
             first, second = rng.sample(texts, 2)
             pair = {k: v for k, v in record.items() if k != "output"}
             pairs.append({**pair, "output_1": first, "output_2": second})
-    print(f"{len(pairs)} pairs from {len(records)} records; left out {alike} with equal outputs and "
+    print0(f"{len(pairs)} pairs from {len(records)} records; left out {alike} with equal outputs and "
           f"{len(records) - alike - len(pairs)} with a repeated instruction")
     return pairs
 
@@ -528,8 +628,11 @@ def distinct(pairs):
     """Each pair once."""
     kept = {(*question(r), r["output_1"], r["output_2"]): r for r in pairs}
     if len(kept) < len(pairs):
-        print(f"left out {len(pairs) - len(kept)} duplicate pairs")
+        print0(f"left out {len(pairs) - len(kept)} duplicate pairs")
     return list(kept.values())
+
+
+UNASKED = ("noise", "equal texts")        # in place of an annotator: nobody was asked
 
 
 def draw(pairs, pool, noise, seed):
@@ -625,6 +728,41 @@ def ask_simulated(seed):
     return annotate
 
 
+def ask_model(args):
+    """The `annotate` of prefer() that compares two scores: a reward model's, or the log-probabilities of the two labels
+    that --judge-model can answer with. A pair is shown in one order, as to an API: it takes half the time of both, and
+    `switched` lets a bias be measured."""
+    def annotate(pairs, annotators):
+        device = setup_device(args.device)
+        if args.judge_reward:
+            texts = [[pair["output_1"], pair["output_2"]] for pair in pairs]
+            scores = score_texts(args.judge_reward, pairs, texts, args.judge_format, args.dtype, device,
+                                 args.batch_size)
+        else:
+            scores = label_logp(args, pairs, device)
+        labels = []
+        for first, second in scores:
+            label = 1.5 if first == second else 1 if first > second else 2
+            labels.append((preference_from_logprobs(first, second) if args.weighted else label, ""))
+        return labels
+    return annotate
+
+
+def label_logp(args, pairs, device):
+    """Log-probabilities of the answers `Output (a)` and `Output (b)` by --judge-model: two floats for each pair."""
+    tokenizer = Tokenizer.from_pretrained(args.judge_model)
+    prompt_format = model_format(args.judge_model, args.judge_format)
+    model = LLaMA.from_pretrained(args.judge_model, DTYPES[args.dtype], device)
+    answers = [tokenizer.encode_response(f"Output ({name})") for name in "ab"]
+    rows = []
+    for pair in pairs:
+        prompt = "\n\n".join(m["content"] for m in annotator_prompt(PROMPTED, [pair], "")["messages"])
+        prompt = prompt_ids(tokenizer, {"instruction": prompt}, prompt_format)
+        rows += [(prompt, answer) for answer in answers]
+    logp = [tokens.sum().item() for tokens in response_logp(model, rows, device, args.batch_size)]
+    return zip(logp[::2], logp[1::2])
+
+
 def built_in_preferences(model_directory, seed, noise, device):
     """The file of the built-in world's preferences, made if it does not exist.
 
@@ -664,17 +802,16 @@ def get_completions(args, records, n=1, template=None, system=""):
     """Asks --api or --model for n texts per record: (list of (record, texts), failed records with the reason, the
     client or None). The prompt is the record itself; with `template`, the template filled with it, and an API's
     truncated answer is a failure."""
-    prompts = records
+    prompts, client = records, None
     if template:
-        prompts = []
+        prompts, show = [], quote if args.by == "api" else str            # models of ours are trained without marks
         for record in records:
-            prompt = fill_template(template, instruction=whole_instruction(record), output=record["output"],
-                                   judgment=record.get("judgment"))
+            prompt = fill_template(template, instruction=show(whole_instruction(record)), output=show(record["output"]),
+                                   judgment=show(record.get("judgment") or ""))
             prompts.append({"instruction": prompt, "input": ""})
-    client = None
-    if args.api:
+    if args.by == "api":
         client = Client(args)
-        answers = api_completions(args, client, prompts, n, system, whole=bool(template))
+        answers = api_completions(args, client, prompts, n, f"{system} {QUOTED}".strip() if template else system)
     else:
         answers = model_completions(args, prompts, n, system)
 
@@ -685,6 +822,8 @@ def get_completions(args, records, n=1, template=None, system=""):
         texts = [answer.text or "" for answer in samples]
         if not "".join(texts).strip():
             reasons.append("empty answer")
+        if template and samples[0].truncated:
+            reasons.append(f"truncated: the answer has more than {args.max_new_tokens} tokens")
         if reasons:
             failed.append({**record, "reason": reasons[0]})
         else:
@@ -692,35 +831,35 @@ def get_completions(args, records, n=1, template=None, system=""):
     return done, failed, client
 
 
-def api_completions(args, client, prompts, n, system, whole):
+def api_completions(args, client, prompts, n, system):
     """An iterator over the Answers of an API, n for each prompt."""
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_new_tokens}
     payloads = []
     for prompt in prompts:
         for k in range(n):
-            seed = 1000 * args.seed + k
-            payloads.append(chat(args.api_model, whole_instruction(prompt), system, seed=seed, **settings))
-    return iter(client.complete(payloads, whole))
+            payloads.append(chat(args.api_model, whole_instruction(prompt), system, seed=1000 * args.seed + k,
+                                 temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens))
+    return iter(client.complete(payloads))
 
 
 def model_completions(args, prompts, n, system):
     """An iterator over the Answers of --model, n for each prompt. Samples are stored in parts: a rerun continues."""
-    device = setup_device(args.device)
-    tokenizer = Tokenizer.from_pretrained(args.model)
+    if not args.model:
+        if args.verb != "sample":
+            raise InputError("no model to ask: give --model DIR, or --api URL and --api-model NAME")
+        args.model = newest_run()
+    tokenizer, device = Tokenizer.from_pretrained(args.model), setup_device(args.device)
     prompt_format = model_format(args.model, args.format)
     records = conditioned(args.model, prompts)
     if system:
         records = [{**record, "instruction": f"{system}\n\n{record['instruction']}"} for record in records]
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed, "n": n,
                "top_p": args.top_p, "top_k": args.top_k}
-
-    # The cache's key is everything that decides the samples: weights, options, the prompt and its number.
+    # A key is everything that decides the samples: weights, options, the prompt and its number.
     files = sorted(Path(args.model).glob("*model*"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    keys = []
-    for i, record in enumerate(records):
-        keys.append(Cache.key(weights, prompt_format, options, i, question(record)))
-    cache = Cache(args.cache)
+    keys = [Cache.key(weights, prompt_format, options, i, question(record)) for i, record in enumerate(records)]
+    cache = Cache(args)
+    cache.append()
     todo = [i for i, key in enumerate(keys) if key not in cache.answers]
     barrier()                                                             # every rank has read the cache
     if todo:
@@ -730,37 +869,34 @@ def model_completions(args, prompts, n, system):
             texts = sample_responses(model, tokenizer, [records[i] for i in part], prompt_format, numbers=part,
                                      batch_size=args.batch_size, label=None, **options)
             for i, samples in zip(part, texts):
-                cache.add(keys[i], samples)
+                cache.add(keys[i], Answer(samples))
             bar.update(n * len(part))
-    answers = []
-    for key in keys:
-        answers += map(Answer, cache.answers[key])
-    return iter(answers)
+    return map(Answer, itertools.chain.from_iterable(cache.answers[key].text for key in keys))
 
 
 def write_outputs(args, records, failed, client=None, **counts):
-    """Writes OUT, OUT.failed.jsonl and OUT.stats.json, and prints the statistics."""
-    if rank() > 0:
-        return 0
-    write_json_lines(args.out, records)
+    """Writes OUT (a JSON list if its name ends in .json), OUT.failed.jsonl and OUT.stats.json, and prints the
+    statistics. Returns the exit code: 1 if something failed and nobody answered."""
     failed_path = Path(f"{args.out}.failed.jsonl")
-    failed_path.unlink(missing_ok=True)
-    if failed:
-        write_json_lines(failed_path, failed)
     reasons = Counter(record["reason"].split(":")[0] for record in failed)
-    stats = {"records": len(records), "failed": len(failed), "failed_by_reason": reasons, **counts}
-    if client:
-        stats.update(client.stats)
-    write_json(f"{args.out}.stats.json", stats)
-    print(f"{args.out}: {len(records)} records" + (f", {len(failed)} failed ({failed_path})" if failed else ""))
-    print(json.dumps(stats))
-    return 0
+    stats = {"records": len(records), "failed": len(failed), **counts, **(client.stats if client else {})}
+    if rank() == 0:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write = write_json if args.out.endswith(".json") else write_json_lines
+        write(args.out, records)
+        failed_path.unlink(missing_ok=True)
+        if failed:
+            write_json_lines(failed_path, failed)
+        write_json(f"{args.out}.stats.json", {**stats, "failed_by_reason": reasons})
+    shown = [f"{name.replace('_', ' ')}: {value:.6g}" for name, value in [*stats.items(), *reasons.items()] if value]
+    print0(f"{args.out}: {', '.join(shown)}" + (f" (see {failed_path})" if failed else ""))
+    return int(bool(failed) and all(record.get("annotator") in UNASKED for record in records))
 
 
 def sample_command(args):
     records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     samples, failed, client = get_completions(args, records, args.best_of or args.outputs)
-    generator = args.api_model if args.api else args.model
+    generator = args.api_model if args.by == "api" else args.model
     if args.best_of:
         samples = keep_best(args, samples)
         generator += f", best of {args.best_of}"
@@ -769,7 +905,7 @@ def sample_command(args):
             print0("\n".join(texts))
         for record in failed:
             print0(f"failed: {record['reason']}")
-        return 0
+        return len(failed)
     done = []
     for record, texts in samples:
         output = texts if len(texts) > 1 else texts[0]
@@ -825,10 +961,10 @@ def check_references(args, records, kind):
 def prefer_command(args):
     labelled, failed, client = compare_pairs(args, read_compared(args))
     annotated = Counter(pair["annotator"] for pair in labelled)
-    random_labels, ties = annotated["noise"], annotated["equal texts"]
-    understood = len(labelled) - random_labels - ties
+    understood = len(labelled) - sum(annotated[name] for name in UNASKED)
     misread = sum(pair["reason"].startswith("not understood") for pair in failed)
-    counts = {"random_labels": random_labels, "ties": ties, "parse_rate": understood / max(1, understood + misread)}
+    counts = {"random_labels": annotated["noise"], "ties": annotated["equal texts"],
+              "parse_rate": understood / max(1, understood + misread)}
     if args.against and labelled:
         counts["win_rate"], counts["win_rate_se"] = mean_and_se([r["preference"] - 1 for r in labelled])
     return write_outputs(args, labelled, failed, client, **counts)
@@ -840,32 +976,41 @@ def compare_pairs(args, pairs):
     args: the flags of add_annotator_flags and --out. pairs: records with output_1 and output_2. A labelled pair has
     preference, from 1 (output_1 is better) to 2, annotator and switched."""
     client = None
+    if args.weighted and args.by not in ("api", "model"):
+        raise InputError("--weighted needs --by api or --by model: the others know no probabilities")
     if args.by == "api":
-        pool, client = ANNOTATORS, Client(args)
+        client, pool = Client(args), WEIGHTED if args.weighted else ANNOTATORS
         annotate = ask_annotators(client, annotator_models(args), args.seed)
+    elif args.by == "model":
+        if bool(args.judge_model) == bool(args.judge_reward):
+            raise InputError("--by model needs --judge-model DIR or --judge-reward DIR")
+        pool, annotate = [PROMPTED._replace(name=args.judge_model or args.judge_reward)], ask_model(args)
     else:
         check_references(args, pairs, "pair")
-        accuracy = 1.0 if args.by == "reference" else args.accuracy
-        pool = simulated_pool(accuracy, args.length_bias, args.position_bias)
-        annotate = ask_simulated(args.seed)
+        pool, annotate = simulated_pool(args.accuracy, args.length_bias, args.position_bias), ask_simulated(args.seed)
+        if args.by == "reference":
+            pool = [Simulated("reference")]
     if args.single:
-        pool = SINGLE if args.by == "api" else pool[:1]
-    labelled, failed = prefer(pairs, pool, annotate, args.noise, args.seed)
-    return labelled, failed, client
+        pool = SINGLE if pool is ANNOTATORS else pool[:1]
+    return (*prefer(pairs, pool, annotate, args.noise, args.seed), client)
 
 
 def read_compared(args):
     """The pairs to compare: with --against of two files; else of one, as they are or made of several outputs each."""
-    if not args.against:
-        records = read_pairs(args.data)
-        return pair_up(records, args.seed) if "output" in records[0] else records
-    baseline = {question(r): r["output"] for r in read_outputs(args.against)}
-    records = read_outputs(args.data)
-    pairs = []
-    for r in records:
-        if question(r) in baseline:
-            pairs.append({**r, "output_1": baseline[question(r)], "output_2": r["output"]})
-    print(f"{len(pairs)} of {len(records)} instructions of {args.data} are in {args.against}")
+    if args.against:
+        baseline = {question(r): r["output"] for r in read_outputs(args.against)}
+        records = read_outputs(args.data)
+        pairs = []
+        for r in records:
+            if question(r) in baseline:
+                pairs.append({**r, "output_1": baseline[question(r)], "output_2": r["output"]})
+        print0(f"{len(pairs)} of {len(records)} instructions of {args.data} are in {args.against}")
+    else:
+        pairs = read_pairs(args.data)
+        if "output" in pairs[0]:
+            pairs = pair_up(pairs, args.seed)
+    if not pairs:
+        raise InputError(f"{args.data}: there is no pair to compare")
     return pairs
 
 
@@ -928,7 +1073,7 @@ def add_annotator_flags(p):
 def parse(argv):
     """The command line; without a verb it is `sample`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["sample", *argv]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -982,20 +1127,6 @@ def check_args(args):
         raise InputError(f"--out {args.out} is a folder: give the name of a file")
 
     args.by = args.by or ("api" if args.api else "model")
-    if args.by == "api":
-        if not (args.api and args.api_model):
-            raise InputError("an API needs --api URL and --api-model NAME, the model's name on that server")
-        if not args.api.startswith(("http://", "https://")):
-            raise InputError(f"--api {args.api}: a URL begins with http:// or https://")
-        if args.max_cost < math.inf and args.price is None:
-            raise InputError("--max-cost needs --price PROMPT COMPLETION, in dollars per million tokens")
-    else:
-        args.api = None                                                   # --by decides if both are given
-        if args.by == "model" and not args.model:
-            raise InputError("no model to ask: give --model DIR, or --api URL and --api-model NAME")
-
-    if args.cache is None:
-        args.cache = f"{args.out}.cache.jsonl" if args.out else os.devnull
     if args.verb != "prefer" and args.temperature is None:
         args.temperature = 1.0 if args.verb == "sample" and args.best_of else 0.7
     return args
@@ -1005,8 +1136,10 @@ def main(argv=None):
     args = parse(argv)
     try:
         return COMMANDS[args.verb](args)
-    except DryRun:
-        return 0
+    except KeyboardInterrupt:
+        command = shlex.join(sys.argv[1:] if argv is None else argv)
+        print0(f"\nstopped: the answers in {args.cache} are kept; this goes on: python simulate.py {command}")
+        return 130
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from pathlib import Path
 import torch
 
 from data import (
-    JUDGES, Batches, InputError, Tokenizer, World, chunks, collate, corrected, downsample_positives,
-    encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int, print0, read_json,
-    read_judged, run_main, write_json, write_json_lines)
+    JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate, corrected,
+    downsample_positives, encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int,
+    print0, read_json, read_judged, run_main, write_json, write_json_lines)
 from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
 from losses import cut_step_loss, detect, detection_sums, find_flagged, nll_token_loss
@@ -51,14 +51,13 @@ from model import (
 from simulate import sample_responses
 from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
-    prepare, save_run, set_up, start_run)
+    folder_name, prepare, save_run, set_up, start_run)
 
-# Defaults: (with --data, in the built-in world). With --data they are the paper's, except for --max-length (2048
-# there), --warmup (100 steps) and the learning rate: its peak was 4e-4, but its online runs ended within the warm-up,
-# at 1.5e-4.
+# Defaults: (with --data, in the built-in world). With --data they are the published code's, except for --warmup (100
+# steps there) and --lr: its peak was 4e-4, but its online runs ended within the warm-up, at 1.5e-4.
 DEFAULTS = {
     "format": ("cut", "short"),
-    "max_length": (1024, 256),
+    "max_length": (2048, 256),
     "rounds": (1, 3),
     "steps": (None, 94),
     "epochs": (1.0, None),
@@ -72,6 +71,8 @@ DEFAULTS = {
     "save_every": (50, 50),
 }
 
+
+SHOWN = 200      # bad responses of --data, and of the trained model, that the detector is run on for people to look at
 
 # What a method trains on, as functions of a round's judged records. CUT takes them as they are; the others are what it
 # is compared with, at equal numbers of updates and with the same replay.
@@ -209,20 +210,31 @@ def load_feedback(model, tokenizer, world, number, args):
     return read_json(Path(args.out, f"round-{number}.jsonl"))
 
 
-def flag_tokens(model, examples, number, args, device):
-    """CUT's detector on the bad responses, with the model as the round begins: {id: (tokens,) bool}.
+def flag_tokens(model, tokenizer, examples, name, args, device):
+    """CUT's detector on bad responses, with the model as it is now: {id: (tokens,) bool}.
 
-    Kept in flags-N.jsonl, because the model of a resumed run has moved on.
+    Kept in flags-NAME.jsonl, with the texts for people, and because the model of a resumed run has moved on.
     """
-    path = Path(args.out, f"flags-{number}.jsonl")
+    path = Path(args.out, f"flags-{name}.jsonl")
     if missing(path):
-        bad = [e for e in examples if e.judged_prompt]
-        logp = judged_and_plain_logp(model, bad, device)
+        logp = judged_and_plain_logp(model, examples, device)
         lines = []
-        for e, (judged, plain) in zip(bad, logp):
-            lines.append({"id": e.id, "flags": detect(judged, plain, args.lam).tolist()})
+        for e, (judged, plain) in zip(examples, logp):
+            texts = {key: e.record.get(key) for key in ("instruction", "input", "judgment", "output", "reference")}
+            lines.append({
+                "id": e.id, **texts, "tokens": tokenizer.pieces(e.response),
+                "log_ratio": (judged - plain).tolist(), "flags": detect(judged, plain, args.lam).tolist()})
         write_on_rank_0(path, lines)
     return {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
+
+
+def to_flag(examples, judged, tokenizer, args):
+    """The bad responses that are flagged before a round: all, but of --data only as many as a person may look at,
+    unless --detect frozen trains on these flags."""
+    if args.recipe != "cut" and not args.data:                  # the baselines' examples have lost their judgments
+        examples = encode(tokenizer, judged, args.format, args.max_length)
+    bad = [e for e in examples if e.judged_prompt]
+    return bad[:SHOWN] if args.data and args.detect != "frozen" else bad
 
 
 def all_tokens(examples):
@@ -236,9 +248,9 @@ def missing(path):
     return all_sum([not path.is_file()]) != [0]
 
 
-def write_on_rank_0(path, records):
+def write_on_rank_0(path, content, write=write_json_lines):
     if rank() == 0:
-        write_json_lines(path, records)
+        write(path, content)
     barrier()                                                   # the others wait until the file is there
 
 
@@ -257,33 +269,32 @@ def measure(model, tokenizer, test, sft_errors, args):
     return found, errors
 
 
-def table(results):
-    """results.json as text, one line a round."""
-    sft = results["sft"]
-    lines = ["round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds",
-             f"SFT          {sft['exact_match']:.3f}   {sft['errors']:.3f}"]
-    row = ("{number:<5}        {exact_match:.3f}   {errors:.3f}    {win_rate:.3f} +- {win_rate_se:.3f}      "
-           "{precision:.3f}   {recall:.3f}    {flagged:.3f}  {seconds:7.1f}")
-    for number, found in enumerate(results["rounds"], 1):
-        lines.append(row.format(number=number, **found))
-    lines.append("precision, recall and flagged: of the round's bad responses, with the model as the round began; "
-                 f"{results['seconds']:.0f} s in all, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB")
-    return "\n".join(lines)
+HEADER = "round  exact match  errors  win rate vs SFT  precision  recall  flagged  seconds"
+FOOTER = ("precision, recall and flagged: of the round's bad responses, with the model as the round began; {:.0f} s in "
+          "all, peak memory {:.0f} MiB")
 
 
-def examples_marked(tokenizer, out, number, count=2):
+def row(number, found):
+    """One line of the table, of what was measured after a round."""
+    line = "{:<5}        {exact_match:.3f}   {errors:.3f}".format(number, **found)
+    if "win_rate" in found:
+        line += ("    {win_rate:.3f} +- {win_rate_se:.3f}      {precision:.3f}   {recall:.3f}    {flagged:.3f}  "
+                 "{seconds:7.1f}").format(**found)
+    return line
+
+
+def examples_marked(out, number, count=2):
     """What CUT sees: responses of a round with the flagged tokens in brackets."""
-    judged = read_json(Path(out, f"round-{number}.jsonl"))
     lines = read_json(Path(out, f"flags-{number}.jsonl"), empty=True)
-    flagged = {r["id"]: r["flags"] for r in lines if any(r["flags"])}
-    shown = [r for r in judged if r["id"] in flagged]
-    lines = ["", "what CUT saw in the last round: in brackets, the tokens that the judgment made more than lambda "
-             "times as likely"]
-    for r in shown[:count]:
-        pieces = tokenizer.pieces(tokenizer.encode_response(r["output"]))
-        lines += [f"  instruction  {r['instruction']}", f"  judgment     {r['judgment']}",
-                  f"  response     {mark(pieces, flagged[r['id']])}", ""]
-    return "\n".join(lines)
+    flags = [flag for r in lines for flag in r["flags"]]
+    marked = ["", f"what CUT saw in the last round, {sum(flags)} of {len(flags)} tokens flagged: in brackets, those "
+              "that the judgment made more than lambda times as likely"]
+    for r in [r for r in lines if any(r["flags"])][:count]:
+        marked += [f"  instruction  {r['instruction']}", f"  judgment     {r['judgment']}",
+                   f"  response     {mark(r['tokens'], r['flags'])}", ""]
+    if not any(flags):
+        marked.append("nothing is flagged: the model cannot read these judgments, and this was SFT on bad responses")
+    return "\n".join(marked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,6 +352,7 @@ def main(argv=None):
     results = {}
     if test:
         results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
+        print0(HEADER + "\n" + row("SFT", results["sft"]))
     run = start_run(model, optimizer, args, round=0, results=[])
     if rank() == 0 and not args.resume:
         for kind in ("round", "flags"):
@@ -354,10 +366,8 @@ def main(argv=None):
         if not args.data:
             judged = load_feedback(model, tokenizer, world, number, args)
             examples = encode_round(tokenizer, judged, args)
-        flagged_at_start = None                                 # by the model as the round begins
-        if test or args.detect == "frozen":
-            answered = encode(tokenizer, judged, args.format, args.max_length)
-            flagged_at_start = flag_tokens(model, answered, number, args, device)
+        bad = to_flag(examples, judged, tokenizer, args)
+        flagged_at_start = flag_tokens(model, tokenizer, bad, number, args, device)
         flagged = {"live": None, "frozen": flagged_at_start, "all": all_tokens(examples)}[args.detect]
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
@@ -369,25 +379,28 @@ def main(argv=None):
             found, _ = measure(model, tokenizer, test, sft_errors, args)
             found.update(detection(tokenizer, flagged_at_start, judged), seconds=time.time() - round_start)
             run.state["results"].append(found)
+            print0(row(number + 1, found))
+        if number + 1 == args.rounds:
+            flag_tokens(model, tokenizer, bad[:SHOWN], "after", args, device)
         run.state.update(round=number + 1, step=0)
         if test or number + 1 < args.rounds:
             run.save()
 
     save_run(model, tokenizer, args)
-    if test and rank() == 0 and not run.stopped:
-        results["rounds"] = run.state["results"]
-        results["seconds"] = time.time() - start
-        results["peak_memory_bytes"] = peak_memory(device)
-        write_json(Path(args.out, "results.json"), results)
-        print(table(results))
-        if args.recipe == "cut" and args.detect != "all":
-            print(examples_marked(tokenizer, args.out, args.rounds - 1))
+    if run.stopped:
+        return run.finish()
+    if test:
+        results.update(rounds=run.state["results"], seconds=time.time() - start, peak_memory_bytes=peak_memory(device))
+        write_on_rank_0(Path(args.out, "results.json"), results, write_json)
+        print0(FOOTER.format(results["seconds"], results["peak_memory_bytes"] / 2**20))
+    if args.recipe == "cut" and args.detect != "all":
+        print0(examples_marked(args.out, args.rounds - 1))
     return run.finish()
 
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, epilog=describe_defaults(DEFAULTS),
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=HelpFormatter)
     add_common_flags(p)
     add_execution_flags(p)
     # method
@@ -400,7 +413,7 @@ def parse(argv):
     # data
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
     p.add_argument("--filter-noise", action="store_true", help="leave out '$ERROR$' and 'perfect' judgments")
-    p.add_argument("--downsample", type=float, help="positives kept per negative (-1 keeps all)")
+    p.add_argument("--downsample", type=in_range(float, -1), help="positives kept per negative (-1 keeps all)")
     p.add_argument("--rounds", type=positive_int, help="online rounds")
     p.add_argument("--samples", type=positive_int, default=1500, help="instructions answered in a round")
     p.add_argument("--offline", action="store_true", help="collect all rounds' responses from the first model")
@@ -413,9 +426,8 @@ def parse(argv):
     p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
     args = p.parse_args(argv)
     fill_defaults(args, DEFAULTS)
-    name = [Path(args.data).stem if args.data else str(args.seed)]
-    name += [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]
-    args.out = args.out or "-".join(["out/cut", *name, *["offline"] * args.offline])
+    parts = [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]
+    args.out = args.out or folder_name(args, "cut", *parts, "offline" if args.offline else "")
     if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
         raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world: leave "
                          "--data out, or these")
@@ -423,4 +435,4 @@ def parse(argv):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--resume")

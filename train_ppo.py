@@ -50,9 +50,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train_sft
 from data import (
-    IGNORE, Batches, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks, collate, count_errors,
-    fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids, read_instructions, read_preferences,
-    run_main, write_json, write_json_lines)
+    IGNORE, Batches, HelpFormatter, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks,
+    collate, count_errors, fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids,
+    read_instructions, read_preferences, reading, run_main, write_json, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
 from losses import (
     explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
@@ -278,21 +278,22 @@ def load_pairs(args, device):
     path = args.data or built_in_preferences(args.model, args.seed, args.noise, device)
     tokenizer = Tokenizer.from_pretrained(args.model)
     records = read_preferences(path)
+    # AlpacaFarm's split: a permutation with seed 42, of which the last pairs are held out.
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(42)).tolist()
     pairs = []
-    for r in records:
+    for r in (records[i] for i in order):
         prompt = prompt_ids(tokenizer, r, args.format)
         chosen, rejected = map(tokenizer.encode_response, chosen_and_rejected(r))
         pairs.append(Pair(r, prompt, chosen, rejected))
-    pairs = [p for p in pairs if p.size() <= args.max_length]
-    if too_long := len(records) - len(pairs):
-        print0(f"left out {too_long} of {len(records)} pairs longer than {args.max_length} tokens")
-    if not 0 < args.held_out < len(pairs):
-        raise InputError(f"{path}: {len(pairs)} pairs fit in --max-length {args.max_length}, and --held-out "
-                         f"{args.held_out} leaves none to train on: use at most {max(1, len(pairs) // 10)}")
-    generator = torch.Generator().manual_seed(42)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    pairs = [pairs[i] for i in order]
-    return tokenizer, pairs[args.held_out:], pairs[:args.held_out]
+    count = args.held_out or min(500, max(1, len(pairs) // 10))
+    train = [p for p in pairs[:-count] if p.size() <= args.max_length]
+    held_out = [p for p in pairs[-count:] if p.size() <= args.max_length]
+    if too_long := len(pairs) - len(train) - len(held_out):
+        print0(f"left out {too_long} of {len(pairs)} pairs longer than {args.max_length} tokens")
+    if not (train and held_out):
+        raise InputError(f"{path}: of {len(pairs)} pairs {len(train)} are left to train on and {len(held_out)} to hold "
+                         f"out: raise --max-length {args.max_length}, or give --held-out {max(1, len(pairs) // 10)}")
+    return tokenizer, train, held_out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -681,26 +682,29 @@ def write_samples(path, step, asked, rollouts, task):
 
 def evaluate_and_save(policy, task, run, args, device):
     """Restores the best checkpoint, measures it on the test instructions if there are any, and saves it."""
-    curve = run.state["curve"]
+    curve, control = run.state["curve"], task.control
     results = {"curve": curve}
     if curve:
         barrier()                                                # best.pt is there
         best = max(curve, key=lambda c: c["gold"])
-        weights = torch.load(Path(args.out, "best.pt"), map_location="cpu", weights_only=True)
-        copy_weights(trained_weights(policy), weights, args.out)
+        with reading(path := Path(args.out, "best.pt")):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            copy_weights(trained_weights(policy), weights, path)
         results.update(best)
+        if best["step"] == 0:                                    # the SFT model, to which control tokens mean nothing
+            control = None
         for name, c in (("SFT", curve[0]), ("best", best), ("last", curve[-1])):
             print0(f"validation, {name}, step {c['step']}: gold {c['gold']:.3f}, reward {c['proxy']:.2f}")
     else:
         print0("this is the last step's model; with --validation and --gold-reward it would be the best on validation")
     if task.test:
         _, before = answer_errors(load_policy(args, device), task.tokenizer, task.test, args.format)
-        _, errors = answer_errors(policy, task.tokenizer, with_control(task.test, task.control), args.format)
+        _, errors = answer_errors(policy, task.tokenizer, with_control(task.test, control), args.format)
         results.update(sft=exact_match(before), exact_match=exact_match(errors))
         results["win_rate"], results["win_rate_se"] = win_rate(errors, before)
         print0(f"exact match on {len(errors)} test instructions: SFT {results['sft']:.3f}, now "
                f"{results['exact_match']:.3f}; win rate {results['win_rate']:.3f} +- {results['win_rate_se']:.3f}")
-    train_sft.save_run(policy, task.tokenizer, args, reward_token=task.control)
+    train_sft.save_run(policy, task.tokenizer, args, reward_token=control)
     if rank() == 0:
         results.update(seconds=run.seconds(), peak_memory_bytes=peak_memory(device))
         write_json(Path(args.out, "results.json"), results)
@@ -797,8 +801,9 @@ def shared_adapter(args):
     path = Path(args.reward, "adapter", "adapter_config.json")
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return path.parent if base and Path(base).resolve() == Path(args.model).resolve() else None
+    with reading(path):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return path.parent if base and Path(base).resolve() == Path(args.model).resolve() else None
 
 
 def policy_memory(args):
@@ -855,11 +860,9 @@ def check_policy_flags(args):
                          "second one on other pairs")
     if out in (reward, gold_reward):
         raise InputError(f"--out {args.out} is a reward model that this run reads, and would overwrite; choose another")
-    for name in ("model", "reward"):
-        directory = getattr(args, name)
-        recorded = read_config(directory, quiet=True)[1].get("prompt_format", args.format)
-        if recorded != args.format:
-            raise InputError(f"{directory} was trained with --format {recorded}, this run has {args.format}")
+    recorded = read_config(args.reward, quiet=True)[1].get("prompt_format", args.format)
+    if recorded != args.format:
+        raise InputError(f"{args.reward} was trained with --format {recorded}, this run has {args.format}")
 
 
 def main(argv=None):
@@ -879,7 +882,8 @@ def main(argv=None):
 
 
 def add_pair_flags(p):
-    p.add_argument("--held-out", type=positive_int, default=500, help="pairs kept for measuring accuracy")
+    p.add_argument("--held-out", type=positive_int, help="pairs kept for measuring accuracy (default: a tenth, at most "
+                   "500)")
     p.add_argument("--steps", type=positive_int, help="optimizer steps (default: from --epochs)")
     p.add_argument("--epochs", type=in_range(float, 1e-6), help="passes over the pairs, if --steps is not given")
     p.add_argument("--warmup", type=fraction, default=0.03, help="fraction of the steps; then cosine decay")
@@ -922,15 +926,15 @@ def add_quark_flags(p):
 
 def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in (*DEFAULTS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["ppo", *argv]                                    # the default stage
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     stages, parsers = p.add_subparsers(dest="stage", required=True), {}
     for stage in DEFAULTS:
         parsers[stage] = stages.add_parser(
             stage, help="pairs -> model" if stage in PAIR_METHODS else "reward model -> policy",
             epilog=train_sft.describe_defaults(DEFAULTS[stage]),
-            formatter_class=argparse.RawDescriptionHelpFormatter)
+            formatter_class=HelpFormatter)
         train_sft.add_common_flags(parsers[stage])
         parsers[stage].set_defaults(lora_rank=0, autocast=False, compile=False, zero=False)
         (add_pair_flags if stage in PAIR_METHODS else add_rollout_flags)(parsers[stage])
@@ -942,10 +946,10 @@ def parse(argv):
 
     args = p.parse_args(argv)
     train_sft.fill_defaults(args, DEFAULTS[args.stage])
-    name = str(args.seed) if args.noise == 0.25 else f"{args.seed}-noise-{args.noise}"
-    args.out = args.out or f"out/{args.stage}-{Path(args.data).stem if args.data else name}"
+    noise = f"noise-{args.noise}" if args.noise != 0.25 and not args.data else ""
+    args.out = args.out or train_sft.folder_name(args, args.stage, noise)
     return args
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--resume")

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 
 from data import (
-    FORMATS, JUDGES, Batches, InputError, Tokenizer, World, chunks, collate, encode, fraction, in_range,
+    FORMATS, JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate, encode, fraction, in_range,
     nonnegative_float, nonnegative_int, positive_int, print0, read_conditioning, read_demonstrations,
     read_feedme, read_forward, read_judge_training, read_judged, run_main, world_tokenizer)
 from losses import nll_token_loss
 from model import (
-    ATTENTION_MODULES, DTYPES, MLP_MODULES, Config, LLaMA, Run, add_lora, check_memory, distribute,
-    lora_layers, lr_at, make_optimizer, memory_estimate, merge_lora, on_meta, rank, read_config,
-    save_adapter, set_execution, setup_device, share, world_size)
+    ATTENTION_MODULES, DTYPES, MLP_MODULES, Config, LLaMA, Run, add_lora, changed_flag, check_finite,
+    check_memory, distribute, lora_layers, lr_at, make_optimizer, memory_estimate, merge_lora, on_meta,
+    rank, read_config, save_adapter, set_execution, setup_device, share, world_size)
 
 # Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's, but for --max-length (512 there).
 DEFAULTS = {
@@ -113,9 +113,8 @@ def main(argv=None):
     # --- data, before the model: mistakes surface early
     tokenizer, examples = load_examples(args)
     per_epoch = -(-len(examples) // args.batch_size)
-    if args.steps is None:
-        args.steps = math.ceil(args.epochs * per_epoch)
-    print0(f"{len(examples)} examples, {args.steps} steps of {args.batch_size} over {world_size()} ranks; an epoch's "
+    steps = args.steps or math.ceil(args.epochs * per_epoch)
+    print0(f"{len(examples)} examples, {steps} steps of {args.batch_size} over {world_size()} ranks; an epoch's "
            f"last batch has {len(examples) - (per_epoch - 1) * args.batch_size}")
 
     # --- memory estimate: the longest examples in one micro-batch
@@ -137,7 +136,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, betas=(0.9, args.beta2), zero=args.zero)
     run = start_run(model, optimizer, args)
 
-    train(distribute(model), examples, args.steps, args.lr, args.seed, run, args)
+    train(distribute(model), examples, steps, args.lr, args.seed, run, args)
 
     control = 0 if args.recipe == "conditioning" else None      # the control token that asks for good answers
     save_run(model, tokenizer, args, reward_token=control)
@@ -163,25 +162,38 @@ def set_up(args):
         lower = args.batch_size // world_size() * world_size() or world_size()
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world_size()} ranks: use {lower} "
                          "or another number of ranks")
-    if args.model and Path(args.out).resolve() == Path(args.model).resolve():
-        raise InputError(f"--out {args.out} is the --model: the run would overwrite what it starts from; choose "
-                         "another")
-    if args.resume and not Path(args.out, "resume.pt").is_file():
-        raise InputError(f"{args.out}/resume.pt: nothing to resume: leave --resume out, or give the stopped run's "
-                         "--out")
+    check_folder(args)
     torch.manual_seed(args.seed)
     return device
+
+
+def check_folder(args):
+    """Keeps what a run folder holds: an unfinished run, unless --resume goes on with it, and a finished one with other
+    flags. --resume in a folder without a save starts from the beginning, so the same command always goes on."""
+    unfinished, config = Path(args.out, "resume.pt").is_file(), Path(args.out, "config.json").is_file()
+    if args.resume and not unfinished:
+        if config:
+            raise InputError(f"{args.out} is finished, there is nothing to resume: leave --resume out")
+        print0(f"{args.out}: nothing was saved yet, so the run starts from the beginning")
+        args.resume = False
+    elif unfinished and not (args.resume or args.overwrite):
+        raise InputError(f"{args.out} holds an unfinished run: go on with --resume, or start over with --overwrite")
+    elif config and not (args.resume or args.overwrite):
+        # The built-in models that are not given are made, and named, later.
+        now = {name: value for name, value in vars(args).items() if value or name not in ("model", "reward")}
+        if changed := changed_flag(read_config(args.out, quiet=True)[1].get("run", {}), now):
+            raise InputError(f"{args.out} holds a model of another run ({changed}): give another --out, or --overwrite")
 
 
 def make_once(main, argv, out):
     """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder."""
     unfinished = Path(out, "resume.pt").is_file()
-    if unfinished or not Path(out, "config.json").is_file():
-        if main([*argv, "--resume"] if unfinished else argv):
-            print0("run the same command again, without --resume: it continues from there")
-            raise SystemExit(130)                               # stopped by the user
-    else:
-        print0(f"using {out}, made earlier (delete out/ to start over)")
+    if Path(out, "config.json").is_file() and not unfinished:
+        print0(f"using {out}, made earlier (delete it to make it again)")
+        return out
+    print0(f"first, {out} is made")
+    if main([*argv, "--resume"] if unfinished else argv):
+        raise SystemExit(130)                                   # stopped by the user
     return out
 
 
@@ -209,12 +221,15 @@ def prepare(model, args, device):
 
 def start_run(model, optimizer, args, **state):
     """A Run with these flags, resumed if --resume is given; `state`: further entries to save for resuming."""
+    if args.model and Path(args.out).resolve() == Path(args.model).resolve():
+        raise InputError(f"--out {args.out} is the --model, which the run would overwrite: choose another")
     return Run(model, optimizer, args.out, vars(args), args.clip, args.save_every, args.resume, state)
 
 
 def save_run(model, tokenizer, args, **extra):
     """Writes the trained model into the run folder, on rank 0: whole, for transformers and vLLM, and if it was trained
     with LoRA its adapters in adapter/, in PEFT's layout. `extra` goes into config.json, beside format and flags."""
+    check_finite(model)
     if rank():
         return
     if lora_layers(model):
@@ -231,6 +246,7 @@ def add_common_flags(p):
     p.add_argument("--format", choices=FORMATS, help="prompt format")
     p.add_argument("--out", default="", help="run folder (default: in out/, named after method and seed or data)")
     p.add_argument("--resume", action="store_true", help="continue from the last save in the run folder")
+    p.add_argument("--overwrite", action="store_true", help="start over in a folder that holds another run")
     p.add_argument("--seed", type=nonnegative_int, default=0, help="seed of world, weights, sampling and data order")
     p.add_argument("--batch-size", type=positive_int, help="examples per optimizer update, over all ranks")
     p.add_argument("--micro-batch-size", type=positive_int, help="examples per forward pass: as many as fit")
@@ -241,7 +257,8 @@ def add_common_flags(p):
     p.add_argument("--lora-alpha", type=nonnegative_float, default=16.0, help="adapters are scaled by alpha / rank")
     p.add_argument("--lora-attention", action="store_true", help="adapt the attention projections too")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32",
+                   help="of weights and arithmetic (float16 would need loss scaling)")
     p.add_argument("--checkpoint-activations", action="store_true", help="activation checkpointing: less memory")
     p.add_argument("--save-every", type=positive_int, help="steps between saves for --resume")
 
@@ -254,10 +271,22 @@ def add_execution_flags(p):
 
 
 def fill_defaults(args, defaults):
-    """Gives flags that were not given their default: the first of the pair with --data, else the second."""
+    """Gives flags that were not given their default: the first of the pair with --data, else the second. The default
+    of --format is the one that the model was trained with, if its config.json records it."""
+    if args.model and Path(args.model, "config.json").is_file():
+        recorded = read_config(args.model, quiet=True)[1].get("prompt_format")
+        if args.format and recorded not in (None, args.format):
+            print0(f"{args.model} was trained with --format {recorded}, this run has --format {args.format}")
+        args.format = args.format or recorded
     for name, (with_data, built_in_world) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, with_data if args.data else built_in_world)
+
+
+def folder_name(args, method, *parts):
+    """The default run folder: method, then model and data or the world's seed, then what else tells runs apart."""
+    told_apart = [Path(args.model).name, Path(args.data).stem] if args.data else [str(args.seed)]
+    return "-".join(["out/" + method, *told_apart, *filter(None, parts)])
 
 
 def describe_defaults(defaults):
@@ -272,7 +301,7 @@ def describe_defaults(defaults):
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, epilog=describe_defaults(DEFAULTS),
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=HelpFormatter)
     add_common_flags(p)
     add_execution_flags(p)
     p.add_argument("--recipe", choices=RECIPES, default="demonstrations", help="how --data is read")
@@ -285,10 +314,10 @@ def parse(argv):
     fill_defaults(args, DEFAULTS)
     if args.recipe != "demonstrations" and not args.data:
         raise InputError(f"--recipe {args.recipe} reads a file: give --data and --model")
-    name = Path(args.data).stem if args.data else f"{args.seed}-{args.judge}"
-    args.out = args.out or f"out/sft-{name}"
+    kind = args.recipe if args.data else args.judge
+    args.out = args.out or folder_name(args, "sft", kind if kind != "demonstrations" else "")
     return args
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--resume")

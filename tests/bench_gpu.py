@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_cut  # noqa: E402
@@ -132,7 +133,7 @@ def measure(size, args, device):
     forms["ours"] = (our_backward, model, make_optimizer(model))
 
     found = {name: [] for name in forms}
-    for _ in range(args.steps + 1):                     # alternately; the first one warms up
+    for _ in tqdm(range(args.steps + 1), size):         # alternately; the first one warms up
         for name, form in forms.items():
             found[name].append(timed_step(*form, batch, cut_args, device))
     medians = {}

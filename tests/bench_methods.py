@@ -15,6 +15,7 @@ last digits depend on the number of threads, and so do README's tables.
 import argparse
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -75,7 +76,12 @@ def run(command, seed, out, **paths):
     script, *flags = [word.format(**paths) for word in command.split()]
     print(f"seed {seed}: {script} {' '.join(flags)}", file=sys.stderr, flush=True)
     argv = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--out", str(out)]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C is the run's, which saves: wait
+    code = process.wait()
+    signal.signal(signal.SIGINT, before)
+    if code:
+        sys.exit(f"{script} ended with exit code {code}; started again, this script goes on from there")
 
 
 def train(command, seed, out, **paths):

@@ -27,6 +27,13 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "shared" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} skipped tests read published files in ../shared/data, such as "
+                                    "LLaMA's tokenizer, which are no part of this repository")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A directory with a small random LLaMA and the built-in world's tokenizer."""

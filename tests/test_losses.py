@@ -244,12 +244,21 @@ def test_log1mexp():
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_log1mexp_at_its_ends(dtype):
-    """Infinite or NaN values and gradients at p = 0 and p = 1."""
+    """Infinite or NaN values and gradients at p = 0 and p = 1; a clamp that leaves no gradient at p = 1."""
     ends = [0, -1e-300, -1e-9, -1e-7, -1e-6, -math.log(2), -50, -1e4, -math.inf]
     x = torch.tensor(ends, dtype=dtype, requires_grad=True)
     value = losses.log1mexp(x)
     grad, = torch.autograd.grad(value.sum(), x)
     assert value.isfinite().all() and grad.isfinite().all() and (value <= 0).all()
+    assert (grad[:4] == grad[4]).all() and grad[4] < -9e5
+
+
+def test_unlikelihood_moves_certain_tokens():
+    """Through the softmax, d unlikelihood / d logit is p, up to rounding: it must not vanish as p goes to 1."""
+    logits = torch.tensor([[0, -float(gap)] for gap in (1, 5, 13, 15)], requires_grad=True)
+    losses.unlikelihood(losses.plain_logp(logits, torch.zeros(4, dtype=torch.long))).sum().backward()
+    expected = [0.731, 0.993, 1.0, 0.306]            # the last one: p = 1 - 3.06e-7, beyond the clamp at 1 - 1e-6
+    np.testing.assert_allclose(logits.grad[:, 0], expected, atol=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

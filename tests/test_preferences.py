@@ -43,6 +43,7 @@ def near(found, wanted, tolerance=1e-6):
 
 LOGP = t([-1, -2, -.5, 0], [-.7, -.3, -1.2, -.9])
 REF_LOGP = t([-1.5, -1, -.5, 0], [-.9, -.3, -2.2, -.4])
+KL = [[.5, 0, 0, 0], [.2, 0, 1.0, 0]]                                        # clamped
 SHAPED = [[-.05, 0, .8, 0], [-.02, 0, -.1, -.4]]
 WHITE = [[-.219306, -.061810, 2.458129, -.061810], [-.124809, -.061810, -.376803, -1.321780]]
 VALUES = t([.1, .2, 0, -.1], [0, .3, .1, .2])
@@ -65,22 +66,27 @@ def test_9_1_reward_loss_and_its_gradient():
     near(torch.autograd.grad(loss, r1)[0], [-.089647, .118115, -.166667])
 
 
-@pytest.mark.parametrize("lam", [1.0, .95])
-def test_9_2_to_9_4_ppo_without_a_mask_is_the_released_code(lam):
-    """KL that is not clamped, a score beside the last token, the sample's deviation for the population's, zeros left
-    zero, a mean that is not added back, V of the wrong step, a lambda that is not used."""
-    kl = losses.kl_estimate(LOGP, REF_LOGP, "clamped")
-    near(kl, [[.5, 0, 0, 0], [.2, 0, 1.0, 0]])
+def test_9_2_kl_estimate():
+    """KL that is not clamped, or of the wrong sign."""
+    near(losses.kl_estimate(LOGP, REF_LOGP, "clamped"), KL)
     near(losses.kl_estimate(LOGP, REF_LOGP, "k1").sum(1), [-.5, .7])
     near(losses.kl_estimate(LOGP, REF_LOGP, "k2").sum(1), [.625, .645])
-    rewards = losses.shape_rewards(t([.8, -.4]), kl, torch.tensor([2, 3]), .1)
-    near(rewards, SHAPED)
-    white = losses.whiten(rewards, shift_mean=False)
-    near(white, WHITE)
-    advantages, returns = losses.gae(white, VALUES, 1.0, lam)
-    near(advantages, ADVANTAGES[lam][0])
-    near(losses.whiten(advantages), ADVANTAGES[lam][1])
-    near(returns, RETURNS if lam == 1 else advantages + VALUES)
+
+
+def test_9_3_shape_rewards_and_whiten_without_a_mask_are_the_released_code():
+    """A score beside the last token, the sample's deviation for the population's, zeros left zero, a mean that is not
+    added back."""
+    near(losses.shape_rewards(t([.8, -.4]), t(*KL), torch.tensor([2, 3]), .1), SHAPED)
+    near(losses.whiten(t(*SHAPED), shift_mean=False), WHITE)
+    near(losses.whiten(t(*ADVANTAGES[1.0][0])), ADVANTAGES[1.0][1], 2e-6)
+
+
+@pytest.mark.parametrize("lam", [1.0, .95])
+def test_9_4_gae(lam):
+    """V of the wrong step, or a lambda that is not used."""
+    advantages, returns = losses.gae(t(*WHITE), VALUES, 1.0, lam)
+    near(advantages, ADVANTAGES[lam][0], 4e-6)                           # of rounded rewards
+    near(returns, RETURNS if lam == 1 else advantages + VALUES, 4e-6)
 
 
 def test_9_5_ppo_policy_loss_and_its_gradient():
@@ -318,7 +324,7 @@ def test_stopping_and_resuming_is_bitwise_not_stopping(name, small, tmp_path):
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "quark"])
 def test_a_loss_that_is_not_finite_stops_the_run(stage, small, nan_model, tmp_path):
     """A NaN that is trained on."""
-    with pytest.raises(FloatingPointError, match="step 0: the loss is nan"):
+    with pytest.raises(InputError, match="diverged: step 0 has loss nan"):
         run(small, stage, tmp_path / "out", "--model", nan_model)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -636,6 +642,31 @@ def test_the_best_checkpoint_is_golds(small, tmp_path, monkeypatch):
     assert [all(torch.equal(saved[k], w[k]) for k in saved) for w in kept] == [False, True, False]
 
 
+@pytest.mark.parametrize("golds, token", [((.9, .5, .1), None), ((.1, .9, .5), 0)])
+def test_control_tokens_mean_nothing_to_the_sft_model(small, tmp_path, monkeypatch, golds, token):
+    """Quark's step 0, chosen without a control token, then tested and saved with one."""
+    monkeypatch.setattr(train_ppo, "validate", lambda models, task, step, token, args, device: {
+        "step": step, "proxy": 0.0, "gold": golds[step // 2]})
+    run(small, "quark", tmp_path / "out", "--validation", small.files["validation"], "--gold-reward", small.adapter,
+        "--eval-every", 2, "--quantiles", "all")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["reward_token"] == token
+
+
+def test_held_out_pairs_are_those_of_the_released_reward_models(small):
+    """The head of the permutation held out in place of its tail, or the permutation of the pairs that fit: the
+    published reward models would be measured on pairs that they were trained on."""
+    records = data.read_preferences(small.files["pairs"])
+    rows = [[r["instruction"], r["output_1"], r["output_2"]] for r in records]
+    sizes = [len(rows) - 5, 5]
+    _, expected = torch.utils.data.random_split(rows, sizes, torch.Generator().manual_seed(42))
+    for max_length in (256, 24):
+        args = flags(small, "reward", "none", "--held-out", 5, "--max-length", max_length)
+        _, train, held_out = train_ppo.load_pairs(train_ppo.parse(args), CPU)
+        found = [[p.record["instruction"], p.record["output_1"], p.record["output_2"]] for p in held_out]
+        assert found == [row for row in expected if row in found] and 0 < len(found) <= 5
+        assert not any(p.record in [q.record for q in train] for p in held_out)
+
+
 def test_gold_is_the_second_reward_model_or_the_truth(small):
     """The reward model that is optimized as its own judge, texts beside their references, or sampled responses where
     exact match is measured."""
@@ -668,7 +699,8 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch):
     refused("ppo", "nowhere/config.json: no such file", "--reward", tmp_path / "nowhere")
     refused("ppo", "--validation FILE and --gold-reward DIR", *validation)
     refused("ppo", "is the --reward", *validation, "--gold-reward", small.whole)
-    refused("ppo", "is a reward model that this run reads", "--out", small.whole)
+    refused("ppo", "whole holds a model of another run", "--out", small.whole)
+    refused("ppo", "is a reward model that this run reads", "--out", small.whole, "--overwrite")
     refused("ppo", "different tokenizers", "--reward", tmp_path / "other")
     refused("ppo", "--data needs --reward", "--reward", "")
     refused("ppo", "0 prompts fit in --max-length 3, fewer than --rollouts 8", "--max-length", 3)
@@ -676,7 +708,7 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch):
     refused("ppo", "--dtype bfloat16 with all weights", "--dtype", "bfloat16")
     refused("ppo", "--steps 4 is less than --warmup 5", "--warmup", 5)
     refused("quark", "--rollouts 3 is less than the 4 quantiles", "--rollouts", 3)
-    refused("dpo", "--held-out 100 leaves none to train on", "--held-out", 100)
+    refused("dpo", "of 26 pairs 0 are left to train on and 26 to hold out.* --held-out 2", "--held-out", 100)
     with monkeypatch.context() as patch:
         patch.setattr(model, "available_memory", lambda device: 10 ** 6)
         refused("ppo", "this run takes about .*: lower --micro-batch-size")

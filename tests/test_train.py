@@ -1,7 +1,9 @@
 """train_sft.py and train_cut.py as they are launched: on one process and two, stopped and resumed, with good input and
 bad, with flags that change memory and speed but not the result."""
 import contextlib
+import datetime
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +23,7 @@ import evaluate
 import losses
 import model as model_file
 import train_cut
+import train_ppo
 import train_sft
 from conftest import (ENVIRONMENT, ROOT, Killed, assert_equal_runs, at_step, die, distance, finish, metrics,
                       press_ctrl_c, torchrun, weights, without_time)
@@ -93,6 +96,11 @@ def rounds(directory):
 
 def run_jobs():
     """What each process does when torchrun starts this file: several runs, because starting takes longest."""
+    if sys.argv[1] == "hang":
+        model_file.PATIENCE = datetime.timedelta(seconds=3)
+        model_file.setup_device("cpu")
+        time.sleep(30 * model_file.rank())
+        model_file.barrier()
     for name, argv, killed_at in json.loads(sys.argv[1]):
         with at_step(killed_at, die), contextlib.suppress(Killed):
             MAIN[name](argv)
@@ -214,21 +222,27 @@ def test_an_online_run_resumes_in_its_second_round_and_after_its_last(base, tmp_
     assert metrics(whole)[4]["lr"] == pytest.approx(0.6 * metrics(whole)[0]["lr"]), "--lr-decay"
 
 
-def test_what_may_be_resumed(job, base, tmp_path):
-    """A finished run trained again, another run's state taken up without a word, the --model written over."""
+def test_what_may_be_resumed_and_what_overwritten(job, base, tmp_path):
+    """A finished model or an unfinished run lost to other flags, a finished run trained again, another run's state
+    taken up without a word, the --model written over."""
     out = tmp_path / "out"
     argv = job("sft", out, "--save-every", 4)
 
-    def kill(step):
+    def kill(step, *more):
         with at_step(step, die), pytest.raises(Killed):
-            train_sft.main(argv)
+            train_sft.main([*argv, *more])
 
     def refused(message, *more):
         with pytest.raises(InputError, match=message):
             train_sft.main([*argv, *more])
 
-    refused("resume.pt: nothing to resume", "--resume")
-    kill(6)
+    train_sft.main([*argv, "--resume"])                         # nothing was saved yet: from the beginning
+    assert len(metrics(out)) == 8
+    refused("out is finished, there is nothing to resume", "--resume")
+    refused(r"a model of another run \(--lr was 0.001, is 0.002\): give another --out, or --over", "--lr", "2e-3")
+    refused(r"another run \(--model was None", "--out", str(base))
+    kill(6)                                                     # equal flags: the same model once more
+    refused("out holds an unfinished run: go on with --resume, or start over with --overwrite")
     refused("--lr was 0.001, is 0.002: resume with equal flags", "--resume", "--lr", "2e-3")
     train_sft.main([*argv, "--resume", "--micro-batch-size", "1", "--save-every", "2", "--checkpoint-activations"])
     assert len(metrics(out)) == 8 and not (out / "resume.pt").exists()
@@ -237,9 +251,52 @@ def test_what_may_be_resumed(job, base, tmp_path):
     saved["model"]["lm_head.weight"] = torch.zeros(5, 32)       # the --model's directory holds another model by now
     torch.save(saved, out / "resume.pt")
     refused(r"lm_head.weight was saved with shape \[5, 32\], this model has", "--resume")
-    kill(2)                                                     # a new run, killed before its first save
+    kill(2, "--lr", "2e-3", "--overwrite")                      # a new run, killed before its first save
     assert len(metrics(out)) == 2 and not (out / "resume.pt").exists()
-    refused("is the --model: the run would overwrite what it starts from", "--out", f"{base}/../{base.name}")
+    refused("is the --model, which the run would overwrite", "--overwrite", "--out", f"{base}/../{base.name}")
+
+
+def test_two_runs_in_one_folder(job, tmp_path):
+    """Two runs that write each other's files: the second one has to say so and stop."""
+    hold = "import sys, model; model.lock(model.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=ENVIRONMENT) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another run is at work here"):
+            train_sft.main(job("sft", tmp_path))
+        other.stdin.close()
+    assert train_sft.main(job("sft", tmp_path)) == 0
+
+
+def test_a_diverging_run_leaves_its_last_save(job, tmp_path):
+    """A good model, or the state to resume from, replaced by NaN, with exit code 0."""
+    argv = job("sft", tmp_path, "--clip", "inf")
+    train_sft.main(argv)
+    good = weights(tmp_path)
+    for flags in (["--lr", "1e300", "--save-every", "1"], ["--lr", "1e300", "--steps", "1", "--warmup", "0"]):
+        with pytest.raises(InputError, match="the run has diverged: .* lower --lr"):
+            train_sft.main([*argv, *flags, "--overwrite"])
+        assert all(torch.equal(w, weights(tmp_path)[name]) for name, w in good.items())
+        assert not (tmp_path / "resume.pt").exists()
+
+
+def test_a_disk_that_is_full(job, tmp_path, monkeypatch):
+    """A traceback out of PyTorch's zip writer in place of one line with the file and the cause."""
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 3029888 vs 3029776\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: train_sft.main(job("sft", tmp_path, "--save-every", 2)))
+    assert re.fullmatch(r"error: .*resume.pt: cannot be written \(.*3029776\): make room, .*", stopped.value.code)
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_the_prompt_format_is_the_models(job, base):
+    """A model trained in a format other than its own, in silence."""
+    argv = [a for a in job("cut", "none") if a not in ("--format", "short")]
+    assert train_cut.parse(argv).format == "short"              # base's config.json records it
+    assert train_cut.parse([*argv, "--format", "cut"]).format == "cut"
 
 
 def script(argv, **more):
@@ -352,7 +409,7 @@ def test_detection_is_live_frozen_or_all(job, tmp_path):
     """Frozen flags that follow the model, live ones that do not, or a token that `all` leaves out."""
     flagged = {}
     for detect in ("live", "frozen", "all"):
-        train_cut.main(job("frozen", tmp_path, "--detect", detect, "--batch-size", 33, "--steps", 3))
+        train_cut.main(job("frozen", tmp_path, "--detect", detect, "--batch-size", 33, "--steps", 3, "--overwrite"))
         flagged[detect] = [line["flagged"] for line in metrics(tmp_path)]
     assert flagged["all"] == [1] * 3 and flagged["frozen"] == [flagged["live"][0]] * 3
     assert len(set(flagged["live"])) > 1
@@ -382,8 +439,20 @@ def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, small_world):
         assert set(found) == {"exact_match", "win_rate", "precision", "recall", "flagged", "errors", "win_rate_se",
                               "seconds"}
     printed = capsys.readouterr().out
-    assert "win rate vs SFT" in printed and "in brackets, the tokens" in printed
+    assert "win rate vs SFT" in printed and "in brackets, those" in printed
     assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
+
+
+@pytest.mark.parametrize("lam, said", [(1.02, "tokens flagged: in brackets"), (1e9, "nothing is flagged: the model")])
+def test_what_is_flagged_in_data_of_ones_own(job, tmp_path, capsys, lam, said):
+    """Flags that nobody sees with --data: a model that cannot read the judgments trains on bad responses in silence."""
+    train_cut.main(job("cut", tmp_path, "--lam", lam))
+    before, after = (data.read_json(tmp_path / f"flags-{name}.jsonl") for name in ("0", "after"))
+    assert said in capsys.readouterr().out
+    assert [r["id"] for r in before] == [r["id"] for r in after] and len(before) == 20
+    for r, trained in zip(before, after):
+        assert "".join(r["tokens"]) == r["output"] + "</s>" and r["instruction"] and r["judgment"]
+        assert [x > math.log(lam) for x in r["log_ratio"]] == r["flags"] and r["log_ratio"] != trained["log_ratio"]
 
 
 def test_offline_rounds_are_sampled_from_the_first_model(base, tmp_path, small_world):
@@ -402,7 +471,7 @@ def test_offline_rounds_are_sampled_from_the_first_model(base, tmp_path, small_w
 @pytest.mark.parametrize("name", ["sft", "cut"])
 def test_a_loss_that_is_not_finite_stops_the_run(job, nan_model, tmp_path, name):
     """A NaN that is skipped or trained on; the message names the step and the examples."""
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan; examples \['[\w-]+', "):
+    with pytest.raises(InputError, match=r"diverged: step 0 has loss nan .* its examples \['[\w-]+', "):
         MAIN[name](job(name, tmp_path / "out", "--model", nan_model))
 
 
@@ -417,13 +486,55 @@ def test_bad_data_is_one_line_before_the_model_is_read(base, tmp_path):
     assert re.fullmatch(f"error: {path}: record 0: 'judgment' is int.*", stopped.value.code), "which Python prints"
 
 
+def test_ctrl_c_outside_of_a_loop_is_one_line(job, tmp_path, monkeypatch, capsys):
+    """A traceback while data is read or answers are sampled, or advice that does not work."""
+    monkeypatch.setattr(sys, "argv", ["train_cut.py", "--lam", "1.2"])
+    monkeypatch.setattr(train_cut, "load_data", lambda args: press_ctrl_c())
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: train_cut.main(job("cut", tmp_path)), "--resume")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().out.endswith("is kept, go on with python train_cut.py --lam 1.2 --resume\n")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(monkeypatch):
+    """The others wait for ever, or end in a traceback that does not say why. Here their patience is 3 seconds."""
+    run = torchrun("tests/test_train.py", ["hang"])
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "error: rank 0 has waited too long for another one" in errors
+    assert "Traceback" not in errors.split("error: rank 0")[0]
+
+
 @pytest.mark.parametrize("flags", [
     "--batch-size 0", "--lam 0", "--seed -1", "--steps 0", "--alpha -1", "--warmup 2", "--detect no",
-    "--data x.json --recipe corrected", "--data x.json --replay 3"])
+    "--data x.json --recipe corrected", "--data x.json --replay 3", "--dtype float16", "--downsample nan",
+    "--seed 18446744073709551616"])
 def test_values_out_of_range_are_refused_by_the_parser(flags):
     """A math domain error, a division by zero or a KeyError some minutes later."""
     with pytest.raises((SystemExit, InputError)):
         train_cut.parse(flags.split())
+
+
+@pytest.mark.parametrize("script, flags, out", [
+    (train_sft, "", "sft-0-corrects"),
+    (train_sft, "--model m/7b --data x/pairs.json --recipe feedme", "sft-7b-pairs-feedme"),
+    (train_cut, "", "cut-0"),
+    (train_cut, "--seed 3 --judge points --offline", "cut-3-points-offline"),
+    (train_cut, "--recipe corrected", "cut-0-corrected"),
+    (train_cut, "--model m/13b --data x/judged.json --detect frozen", "cut-13b-judged-frozen"),
+    (train_ppo, "", "ppo-0"),
+    (train_ppo, "reward --noise 0.1", "reward-0-noise-0.1"),
+    (train_ppo, "dpo --model m/7b --data x/pairs.jsonl", "dpo-7b-pairs")])
+def test_default_folders_tell_runs_apart(script, flags, out):
+    """A model that the next run with another recipe, judge, model or file writes over."""
+    assert script.parse(flags.split()).out == f"out/{out}"
+
+
+def test_mistyped_stages_name_the_choices(capsys):
+    """`unrecognized arguments: pppo`, which does not say what would be recognized."""
+    with pytest.raises(SystemExit):
+        train_ppo.parse(["pppo"])
+    assert "invalid choice: 'pppo' (choose from" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_fit_together_or_the_machine(job, tmp_path, monkeypatch):
