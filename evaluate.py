@@ -44,8 +44,8 @@ from data import (
     write_json, write_json_lines, wrong_words)
 from model import DTYPES, LLaMA, rank, read_config, setup_device
 from simulate import (
-    DryRun, add_annotator_flags, compare_pairs, conditioned, mean_and_se, model_format, question, sample_responses,
-    score_texts)
+    add_annotator_flags, compare_pairs, conditioned, mean_and_se, model_format, newest_run, question,
+    sample_responses, score_texts, write_outputs)
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
 
@@ -603,26 +603,9 @@ def report(args):
 # Commands
 
 
-def newest_run():
-    """The newest finished run of the built-in world in out/."""
-    runs = []
-    for path in Path("out").glob("*/config.json"):
-        config = path.read_text(encoding="utf-8", errors="replace")
-        if all(text in config for text in ('"LlamaForCausalLM"', '"data": ""')) and not path.with_name(
-                "resume.pt").exists():
-            runs.append((path.stat().st_mtime, str(path.parent)))
-    if not runs:
-        raise InputError("no finished run of the built-in world in out/: start with `python train_cut.py`, or give "
-                         "--model DIR")
-    print0(f"{max(runs)[1]} is the newest run in out/")
-    return max(runs)[1]
-
-
 def open_policy(directory, args):
     """(model, tokenizer, prompt format, the built-in world that it was trained in) of a model directory."""
     _, raw = read_config(directory, quiet=True)
-    if "LlamaForSequenceClassification" in raw.get("architectures", ()):
-        raise InputError(f"{directory} is a reward model, which scores texts and writes none: give it as --reward")
     model = LLaMA.from_pretrained(directory, DTYPES[args.dtype], setup_device(args.device))
     seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
     return model, Tokenizer.from_pretrained(directory), model_format(directory, args.format), World(seed)
@@ -676,9 +659,9 @@ def compare(args):
         raise InputError(f"{args.model[0]} does not say which model it was trained from: give the baseline as --against")
     if Path(against).is_file() and not args.data:
         args.data = [against]
-    outputs, files = [read_answers(path, args) for path in (against, *args.model)], []
+    outputs, files, code = [read_answers(path, args) for path in (against, *args.model)], [], 0
     for name, answers in outputs:
-        write_list(Path(args.out, f"{name}.outputs.json"), list(answers.values()))
+        write_outputs(argparse.Namespace(out=f"{args.out}/{name}.outputs.json"), flat(answers.values()), [])
     (baseline, theirs), *models = outputs
     for name, ours in models:
         pairs = []
@@ -688,22 +671,18 @@ def compare(args):
         if not pairs:
             raise InputError(f"{name} and {baseline} have no instruction in common")
         labelled, failed, client = compare_pairs(args, pairs)
-        if client:
-            print0(f"{name}: {json.dumps(client.stats)}")
-        files.append(Path(args.out, f"{name}.annotations.json"))
-        write_list(files[-1], labelled + [{**r, "preference": None} for r in failed])
+        files.append(f"{args.out}/{name}.annotations.json")
+        annotations = labelled + [{**r, "preference": None} for r in failed]
+        code |= write_outputs(argparse.Namespace(out=files[-1]), flat(annotations), failed, client)
     if rank() == 0:
         asked = set().union(*[answers for _, answers in outputs])
         print_leaderboard(leaderboard_rows(files, args.column, args.difficulty, asked), args)
-    return 0
+    return code
 
 
-def write_list(path, records):
-    """Writes a JSON list of records without nested values, the form that AlpacaEval reads."""
-    flat = [{k: v for k, v in r.items() if not isinstance(v, (list, tuple, dict))} for r in records]
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, flat)
+def flat(records):
+    """The records without nested values: AlpacaEval's package reads no others."""
+    return [{k: v for k, v in r.items() if not isinstance(v, (list, tuple, dict))} for r in records]
 
 
 def leaderboard(args):
@@ -831,10 +810,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        return COMMANDS[args.command](args)
-    except DryRun:
-        return 0
+    return COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
