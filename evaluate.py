@@ -285,8 +285,8 @@ def read_annotations(path):
         with reading(path):
             preference = math.nan if r.get("preference") is None else float(r["preference"])
         if preference < 1 and preference != 0 or preference > 2:
-            raise InputError(f"{path}: record {i}: 'preference' is {preference}: expected a number from 1 to 2, 0 for a "
-                             "tie (older files), or null for a failed annotation")
+            raise InputError(f"{path}: record {i}: 'preference' is {preference}, expected a number from 1 to 2, null "
+                             "for a failed annotation, or 0 for a tie (older files)")
         name = r.get("generator_2") or r.get("generator") or Path(path).stem
         models.setdefault(str(name), []).append({**r, "score": (preference or 1.5) - 1})
     return models
@@ -305,9 +305,9 @@ def leaderboard_row(name, annotations, asked=(), regularizer=NO_ROWS):
     mean, se = mean_and_se(valid.tolist())
     low, high = bootstrap(valid, np.mean)
     controlled, controlled_se = length_controlled(scores, lengths[:, 0] - lengths[:, 1], difficulty, regularizer)
-    values = [mean, se, low, high, (100 * wins + 50 * draws) / len(valid), controlled, controlled_se, wins, losses, draws,
-              len(valid), len(scores) - len(valid), len(set(asked) - set(map(question, annotations))),
-              int(lengths[:, 1].mean())]
+    n_missing = len(set(asked) - set(map(question, annotations)))
+    values = [mean, se, low, high, (100 * wins + 50 * draws) / len(valid), controlled, controlled_se, wins, losses,
+              draws, len(valid), len(scores) - len(valid), n_missing, int(lengths[:, 1].mean())]
     return {"name": name, **dict(zip(COLUMNS, values)), "mode": "community"}
 
 
@@ -397,11 +397,12 @@ def leaderboard_rows(files, column="win_rate", difficulty=None, asked=()):
     for name, annotations in models.items():
         row, parts = leaderboard_row(name, annotations, asked, regularizer), {}
         for r in annotations:
-            parts.setdefault(r.get("dataset"), []).append(r)
+            if not math.isnan(r["score"]):                  # a part of which all have failed has no row
+                parts.setdefault(r.get("dataset"), []).append(r)
         if len(parts) > 1:
             row["datasets"] = [leaderboard_row(f"  {key}", part, (), regularizer) for key, part in parts.items()]
         rows.append(row)
-    rows.sort(key=lambda row: -row.get(column, 0))
+    rows.sort(key=lambda row: -(row.get(column) or 0))
     first, *others = [row for row in rows if row["name"] in models] or [None]
     for row in others:
         row.update(paired_test(models[row["name"]], models[first["name"]]))
@@ -414,7 +415,9 @@ def run_row(folder):
     last = (results.get("rounds") or [results])[-1]
     if "win_rate" not in last:
         return []
-    return [{"name": str(folder), "win_rate": 100 * last["win_rate"], "standard_error": 100 * last["win_rate_se"]}]
+    with reading(folder / "results.json"):
+        mean, se = 100 * float(last["win_rate"]), 100 * float(last.get("win_rate_se", 0))
+    return [{"name": str(folder), "win_rate": mean, "standard_error": se}]
 
 
 def read_csv(path):
@@ -469,13 +472,13 @@ PAGE = """<!doctype html>
 <body><header><h1>Learning from feedback</h1><p>{keys}</p></header>
 <main><section><h2>Win rates</h2>{leaderboard}</section>
 <section><h2>Curves</h2><div class="grid">{curves}</div></section>
-<section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by log p(y | x, j) &minus;
-log p(y | x): <span class="tokens"><span class="up" style="--r:60%">more likely</span> or <span class="down"
-style="--r:60%">less likely</span></span> after the judgment. <span class="flag">Underlined</span> tokens are flagged,
-<span class="wrong">boxed</span> words are wrong.</p>{examples}</section></main></body></html>
+<section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by
+log p(y | x, j) &minus; log p(y | x): <span class="tokens"><span class="up" style="--r:60%">more likely</span> or
+<span class="down" style="--r:60%">less likely</span></span> after the judgment.
+<span class="flag">Underlined</span> tokens are flagged, <span class="wrong">boxed</span> words are wrong.</p>{examples}</section></main></body></html>
 """
-CHARTS = ("exact_match", "errors", "win_rate", "precision", "recall", "flagged", "loss", "reward", "proxy", "gold", "kl",
-          "clip_fraction", "entropy", "accuracy", "margin", "log_ratio", "grad_norm")
+CHARTS = ("exact_match", "errors", "win_rate", "precision", "recall", "flagged", "loss", "reward", "proxy", "gold",
+          "kl", "clip_fraction", "entropy", "accuracy", "margin", "log_ratio", "grad_norm")
 
 
 def load_run(folder):
@@ -489,7 +492,7 @@ def load_run(folder):
     sources = {"rounds": results.get("rounds", []), "training": steps, "validation": results.get("curve", [])}
     for name, source in itertools.product(CHARTS, sources):
         points = [(r.get("step", i), r[name], r.get(f"{name}_se", 0)) for i, r in enumerate(sources[source], 1)
-                  if isinstance(r.get(name), (int, float))]
+                  if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
         if points:
             curves[name, source] = np.array(points, dtype=float)
     if not (results or curves):
@@ -508,8 +511,9 @@ def svg_chart(lines):
     points = np.concatenate(list(lines.values()))
     left, right = points[:, 0].min(), points[:, 0].max()
     bottom, top = (points[:, 1] - points[:, 2]).min(), (points[:, 1] + points[:, 2]).max()
-    tick = 10 ** math.floor(math.log10(max(top - bottom, 1e-6)))
-    tick *= next(m for m in (0.1, 0.2, 0.5, 1, 2) if (top - bottom) / (tick * m) <= 5)
+    span = max(top - bottom, 1e-6 * abs(top), 1e-6)
+    tick = 10 ** math.floor(math.log10(span))
+    tick *= next(m for m in (0.1, 0.2, 0.5, 1, 2, 5) if span / (tick * m) <= 5)
     bottom, top = tick * math.floor(bottom / tick), tick * (math.floor(top / tick) + 1)
 
     def place(x, y):
@@ -520,11 +524,10 @@ def svg_chart(lines):
         height = place(left, y).split(",")[1]
         parts.append(f'<path d="M44 {height}H310"/><text x="38" y="{height}" dy="4" class="end">{round(y, 9):g}</text>')
     for i, line in lines.items():
-        middle, upper, lower = [], [], []
+        rows = []
         for x, y, se in [part.T for part in np.array_split(line, min(80, len(line)))]:
-            middle.append(place(x[-1], y.mean()))
-            upper.append(place(x[-1], (y + se).max()))
-            lower.append(place(x[-1], (y - se).min()))
+            rows.append((x[-1], y.mean(), (y + se).max(), (y - se).min()))
+        middle, upper, lower = [[place(row[0], row[k]) for row in rows] for k in (1, 2, 3)]
         parts.append(f'<polygon class="r{i % 6}" points="{" ".join(upper + lower[::-1])}"/>'
                      f'<polyline class="r{i % 6}" points="{" ".join(middle)}"/>')
     return f'<svg viewBox="0 0 320 176">{"".join(parts)}</svg>'
@@ -542,16 +545,17 @@ def curves_html(runs):
 
 
 def leaderboard_html(rows):
-    """The leaderboard; win rates with a bar and a whisker of one standard error to either side."""
+    """The leaderboard; win rates with a bar and a whisker of 1.96 standard errors to either side."""
     keys = [key for key in COLUMNS if any(key in r for r in rows)]
     lines = ["<th></th><th></th>" + "".join(f"<th>{COLUMNS[key]}</th>" for key in keys)]
     for row in rows:
         for r in [row, *row.get("datasets", [])]:
             mean, se = r["win_rate"], r["standard_error"]
-            bar = f'<i style="width:{mean:.2f}%"></i><b style="left:{mean - se:.2f}%;width:{2 * se:.2f}%"></b>'
+            low, wide = mean - 1.96 * se, 3.92 * se                             # a 95 % interval
+            bar = f'<i style="width:{mean:.2f}%"></i><b style="left:{low:.2f}%;width:{wide:.2f}%"></b>'
             cells = "".join(f"<td>{number(r.get(key))}</td>" for key in keys)
             lines.append(f'<td>{html.escape(r["name"])}</td><td><div class="bar">{bar}</div></td>{cells}')
-    return f'<div class="wide"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+    return rows and f'<div class="wide"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
 def tokens_html(r):
@@ -571,14 +575,16 @@ def examples_html(run, most=12):
     if (run["folder"] / "flags-after.jsonl").is_file():
         after = read_json(run["folder"] / "flags-after.jsonl", empty=True)
     after = {r["id"]: r for r in after}
-    for number, path in enumerate(sorted(run["folder"].glob("flags-[0-9]*.jsonl"), key=lambda p: int(p.stem[6:])), 1):
+    paths = sorted(run["folder"].glob("flags-[0-9]*.jsonl"), key=lambda path: (len(path.name), path))
+    for number, path in enumerate(paths, 1):
         records, cards = [r for r in read_json(path, empty=True) if "tokens" in r], []     # not in older runs
         for r in records[:most]:
             responses = f'<dt>before</dt><dd class="tokens">{tokens_html(r)}</dd>'
             if r["id"] in after:
                 responses += f'<dt>after</dt><dd class="tokens">{tokens_html(after[r["id"]])}</dd>'
-            cards.append(f'<article><p class="ask">{html.escape("; ".join(filter(None, question(r))))}</p><dl>{responses}'
-                         f'</dl><blockquote>{html.escape(r["judgment"])}</blockquote></article>')
+            asked = html.escape("; ".join(filter(None, question(r))))
+            cards.append(f'<article><p class="ask">{asked}</p><dl>{responses}</dl>'
+                         f'<blockquote>{html.escape(r["judgment"])}</blockquote></article>')
         parts.append(f'<details><summary>{html.escape(run["name"])}, round {number} <small>{len(cards)} of '
                      f'{len(records)} bad responses</small></summary>{"".join(cards)}</details>')
     return "".join(parts)
@@ -589,10 +595,11 @@ def report(args):
     runs = [load_run(path) for path in args.files if Path(path).is_dir()]
     style = Path(__file__).with_name("assets") / "report.css"
     page = PAGE.format(
-        style=style.read_text(encoding="utf-8"), leaderboard=leaderboard_html(leaderboard_rows(args.files)),
+        style=style.read_text(encoding="utf-8"), leaderboard=leaderboard_html(leaderboard_rows(args.files)) or "",
         keys="".join(f'<span class="key r{i % 6}">{html.escape(run["name"])}</span>' for i, run in enumerate(runs)),
         curves=curves_html(runs), examples="".join(map(examples_html, runs)))
     out = args.out or (runs[0]["folder"] / "report.html" if len(args.files) == len(runs) == 1 else "out/report.html")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print0(f"report in {out}")
@@ -656,7 +663,7 @@ def compare(args):
     args.model, args.out, args.seed = args.model or [newest_run()], args.out or "out/compare", args.seed or 0
     against = args.against or read_config(args.model[0], quiet=True)[1].get("run", {}).get("model")
     if not against:
-        raise InputError(f"{args.model[0]} does not say which model it was trained from: give the baseline as --against")
+        raise InputError(f"{args.model[0]} does not say which model it was trained from: give a baseline as --against")
     if Path(against).is_file() and not args.data:
         args.data = [against]
     outputs, files, code = [read_answers(path, args) for path in (against, *args.model)], [], 0
@@ -781,8 +788,8 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", nargs="?", choices=COMMANDS, default="world", help="default: world")
     p.add_argument("files", nargs="*", help="leaderboard, report: annotations and run folders")
-    p.add_argument("--model", nargs="+", help="model directory (default: the newest run in out/); compare: one or more, "
-                   "or files of outputs")
+    p.add_argument("--model", nargs="+", help="model directory (default: the newest run in out/); compare: one or "
+                   "more, or files of outputs")
     p.add_argument("--against", help="world: a second model. compare: the baseline, a model directory or outputs "
                    "(default: what --model was trained from)")
     p.add_argument("--data", nargs="+", help="agreement: preference files of one annotator (several: repeated labels); "
@@ -793,7 +800,7 @@ def parse(argv):
     p.add_argument("--rank-with", help="leaderboard: another one (CSV), for the agreement of the two rankings")
     p.add_argument("--labels", help="agreement: preferences of human annotators, or the truth, to compare with")
     p.add_argument("--samples", type=positive_int, default=16, help="decoders: largest n of best-of-n")
-    p.add_argument("--reward", help="score, decoders: reward model's directory (decoders: by default the truth chooses)")
+    p.add_argument("--reward", help="score, decoders: reward model's directory (decoders: default the truth)")
     p.add_argument("--format", choices=FORMATS, help="prompt format (default: as config.json says)")
     p.add_argument("--out", default="", help="score: file for the scored outputs; leaderboard, compare: folder; "
                    "report: HTML file")

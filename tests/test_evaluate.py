@@ -265,7 +265,9 @@ def public_models(tmp_path):
         pytest.skip("needs AlpacaEval's published annotations")
     models = []
     for model in json.loads(ALPACA_EVAL.read_text(encoding="utf-8")):
-        rows = [annotation(r["i"], r["preference"], r["length_1"], r["length_2"], model["model"]) for r in model["rows"]]
+        rows = []
+        for r in model["rows"]:
+            rows.append(annotation(r["i"], r["preference"], r["length_1"], r["length_2"], model["model"]))
         path = tmp_path / f"{model['model']}.json"
         write_json(path, rows)
         models.append((model["leaderboard"], path))
@@ -549,7 +551,7 @@ def write_run(folder, steps=300):
 
 
 def test_report(tmp_path, monkeypatch, capsys):
-    """A text becomes markup, a number is another than in its file, the network is asked, or marks are at other tokens."""
+    """A text becomes markup, a number differs from its file's, the network is asked, or marks are at other tokens."""
     monkeypatch.chdir(tmp_path)
     run, other = write_run(tmp_path / "out" / "a<i>b"), write_run(tmp_path / "out" / "other", steps=3)
     write_json(tmp_path / "n.json", [annotation(i, 1 + i % 2 * 0.77, model=ATTACK) for i in range(9)])
@@ -609,12 +611,13 @@ def test_a_hundred_thousand_annotations(tmp_path):
     """124 models of 805 instructions take longer than 20 s or more than 1 GB."""
     rng = np.random.default_rng(0)
     for m in range(124):
-        write_json(tmp_path / f"{m}.json", [annotation(i, 1 + rng.random(), 1500, int(rng.integers(1, 3000)), f"model {m}")
-                                            for i in range(805)])
+        lengths = rng.integers(1, 3000, 805).tolist()
+        write_json_lines(tmp_path / f"{m}.json", [annotation(i, 1 + rng.random(), 1500, length, f"model {m}")
+                                                  for i, length in enumerate(lengths)])
     code = ("import resource, sys, evaluate; evaluate.main(['leaderboard', *sys.argv[1:]]); "
             "usage = resource.getrusage(resource.RUSAGE_SELF); print('used', usage.ru_utime, usage.ru_maxrss)")
-    ran = subprocess.run([sys.executable, "-c", code, *map(str, tmp_path.glob("*.json"))], capture_output=True, text=True,
-                         cwd=Path(evaluate.__file__).parent, check=True)
+    ran = subprocess.run([sys.executable, "-c", code, *map(str, tmp_path.glob("*.json"))], capture_output=True,
+                         text=True, cwd=Path(evaluate.__file__).parent, check=True)
     _, seconds, kilobytes = ran.stdout.split("\n")[-2].split()
     assert float(seconds) < 20 and float(kilobytes) < 1e6
 
