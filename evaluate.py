@@ -475,7 +475,8 @@ PAGE = """<!doctype html>
 <section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by
 log p(y | x, j) &minus; log p(y | x): <span class="tokens"><span class="up" style="--r:60%">more likely</span> or
 <span class="down" style="--r:60%">less likely</span></span> after the judgment.
-<span class="flag">Underlined</span> tokens are flagged, <span class="wrong">boxed</span> words are wrong.</p>{examples}</section></main></body></html>
+<span class="flag">Underlined</span> tokens are flagged, <span class="wrong">boxed</span> words are wrong.</p>
+{examples}</section></main></body></html>
 """
 CHARTS = ("exact_match", "errors", "win_rate", "precision", "recall", "flagged", "loss", "reward", "proxy", "gold",
           "kl", "clip_fraction", "entropy", "accuracy", "margin", "log_ratio", "grad_norm")
