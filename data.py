@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 from requests.adapters import HTTPAdapter, Retry
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 
 IGNORE = -100      # target of the positions that no loss looks at (prompt and padding)
@@ -411,11 +410,15 @@ def read_json(path, empty=False):
             records = [{"instruction": line.strip()} for line in text.split("\n") if line.strip()]
         else:
             if not text.lstrip().startswith("["):           # lines: with commas between them, errors tell the line
-                text = "[" + re.sub(r"(?<=\S)(\s*\n\s*)(?=\S)", r",\1", text) + "]"
+                text = "[" + re.sub(r"\n\s*", r",\g<0>", text.strip()) + "]"
             records = json.loads(text)
+        surrogates = re.search(r"\\u[dD]", text)
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: record {i} is {type(record).__name__}, not an object with keys")
+        if surrogates:                                      # UTF-8, and so no file of ours, can hold an unpaired one
+            with reading(path, f"record {i}: mend it or leave it out"):
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
     if not records and not empty:
         raise InputError(f"{path}: holds no records")
     return records
@@ -475,9 +478,6 @@ def check_record(path, i, record, *keys):
                              + (" or null" if key != name else ""))
         if name in ("instruction", "output") and not value.strip():
             raise InputError(f"{path}: record {i}: {name!r} is empty; leave such records out")
-        if re.search("[\ud800-\udfff]", value):
-            raise InputError(f"{path}: record {i}: {name!r} has an unpaired surrogate, which UTF-8 cannot hold: "
-                             "mend the text or leave the record out")
     return record
 
 
@@ -1057,48 +1057,35 @@ DOWNLOADS = {
 
 
 def download(address, path, sha256=""):
-    """Downloads a JSON file to `path`, whole and checked or not at all: its length, and its SHA-256, the one given or
-    the one that the server states for large files. Where there is none, the content has to be JSON."""
+    """Downloads a JSON file to `path`, whole and checked or not at all: its length, and its SHA-256 or, where none is
+    known, that it is JSON. It always starts at the beginning: parts could be of two versions of the file."""
     path = Path(path)
     if path.is_file() and sha256 in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
         print0(f"{path}: already here")
         return
-    try:
-        body, stated = receive(address)
-    except requests.RequestException as error:
-        raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it at "
-                         f"{path}, and run this again") from None
-    found, wanted = hashlib.sha256(body).hexdigest(), sha256 or stated
-    if wanted and found != wanted:
-        raise InputError(f"{address}: SHA-256 is {found}, expected {wanted}: the file was damaged on the way or has "
-                         "changed: run this again, and if it stays so, compare with the publisher")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(body)
-        if not wanted:
-            read_json(temporary)
-    print0(f"{path}: {len(body)} bytes, SHA-256 {found[:12]}{'' if wanted else ' (no published hash)'}")
-
-
-def receive(address):
-    """Downloads (the content, the SHA-256 that the server states or ""), always from the beginning: parts could be of
-    two versions of the file."""
+    print0(f"{path}: from {address}")
     session = requests.Session()
     patient = HTTPAdapter(max_retries=Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504)))
     session.mount("http://", patient)
     session.mount("https://", patient)
-    with session.get(address, headers={"Accept-Encoding": "identity"}, stream=True, timeout=(10, 60)) as r:
-        r.raise_for_status()
-        length, body = int(r.headers.get("Content-Length", 0)), bytearray()
-        with tqdm(total=length, unit="B", unit_scale=True, desc=address) as bar:
-            for block in r.iter_content(1 << 16):
-                body += block
-                bar.update(len(block))
-    if len(body) < length:
-        raise requests.ConnectionError(f"only {len(body)} of {length} bytes came")
-    # Hugging Face states it in a redirect.
-    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*r.history, r)]
-    return body, next((etag for etag in etags if len(etag) == 64), "")
+    try:
+        answer = session.get(address, headers={"Accept-Encoding": "identity"}, timeout=(10, 60))
+        answer.raise_for_status()
+        if len(answer.content) < int(answer.headers.get("Content-Length", 0)):
+            raise requests.ConnectionError("the body was cut off")
+    except requests.RequestException as error:
+        raise InputError(f"{address}: {error}: run this again; with no network, download it elsewhere, put it at "
+                         f"{path}, and run this again") from None
+    found = hashlib.sha256(answer.content).hexdigest()
+    if sha256 and found != sha256:
+        raise InputError(f"{address}: SHA-256 is {found}, expected {sha256}: the file was damaged on the way or has "
+                         "changed: run this again, and if it stays so, compare with the publisher")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(answer.content)
+        if not sha256:
+            read_json(temporary)
+    print0(f"{path}: {len(answer.content)} bytes, SHA-256 {found[:12]}{'' if sha256 else ' (no published hash)'}")
 
 
 def shepherd_records(record):

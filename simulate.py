@@ -14,10 +14,11 @@ Four verbs read and write JSON files:
 
 The judge (--by): `reference` compares with the right answer word by word; `simulated` stands in for AlpacaFarm's
 pool of API annotators, offline, with given accuracy and biases; `api` asks an OpenAI-compatible server; `model` asks
-a model directory, prompted or fine-tuned (train_sft.py --recipe judge).
+a model directory, prompted or fine-tuned (train_sft.py --recipe judge; prefer: --judge-model, or --judge-reward).
 
-Next to OUT stand OUT.failed.jsonl (records without an answer, with the reason), OUT.stats.json, and OUT.cache.jsonl
-(every answer as it came: a rerun only asks for what is missing).
+Next to OUT (JSON Lines, or a JSON list if its name ends in .json) stand OUT.failed.jsonl (records without an answer,
+with the reason), OUT.stats.json (of all runs: what they cost), and OUT.cache.jsonl (every answer as it came, and what
+every call used: a rerun only asks for what is missing). The exit code is 1 if nothing succeeded, 130 after Ctrl-C.
 """
 import argparse
 import contextlib
@@ -29,7 +30,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import sys
 import threading
 import time
@@ -214,12 +214,9 @@ class Cache:
     def append(self, text=""):
         """Writes to the file. Without a text, finds out that it can be written before anything is paid."""
         if rank() == 0:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(text)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 class Client:
@@ -326,16 +323,18 @@ class Client:
                              f"{self.cache.path})")
 
     def _send(self, key, payload):
-        """Brings the Answer to a payload, after at most --tries tries. Runs in a thread of its own."""
+        """Brings the Answer to a payload, after at most --tries tries. What may be charged is not sent again. Runs in a
+        thread of its own."""
         for number in range(1, self.tries + 1):
             answer, pause = self._try(payload)
-            if pause is None or number == self.tries:
+            if pause is None:
                 break
-            time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
+            if number < self.tries:
+                time.sleep(max(pause, min(60, PAUSE * 2 ** number) + random.random() * PAUSE))
         self.replies.put((key, answer))
 
     def _try(self, payload):
-        """One request: (Answer, seconds to wait before the next, or None). What may be charged is not sent again."""
+        """One request: (Answer, seconds to wait before the next, or None: there is none)."""
         usage, pause, text = None, None, ""
         try:
             status, after, text = within(self.timeout, self._post, payload)
@@ -344,8 +343,7 @@ class Client:
                 usage = read_usage(reply)
                 return read_choice(payload, reply["choices"][0])._replace(usage=usage), None
             reason = f"HTTP {status}:"
-            if status not in CHARGED:
-                usage = REFUSED
+            usage = None if status in CHARGED else REFUSED
             if status in RETRIED and NO_CREDIT not in text:
                 pause = after
         except Exception as error:                            # whatever is not a complete, well-formed reply
@@ -356,7 +354,7 @@ class Client:
 
     def _post(self, payload):
         """Sends a payload: (status, seconds that the server asks to wait, body)."""
-        with self.session.post(self.url, json=payload, timeout=(10, self.timeout), stream=True,
+        with self.session.post(self.url, json=payload, timeout=(10, 2 * self.timeout), stream=True,
                                allow_redirects=False) as reply:
             body = b""
             for block in reply.iter_content(1 << 16):
@@ -1000,10 +998,8 @@ def read_compared(args):
     if args.against:
         baseline = {question(r): r["output"] for r in read_outputs(args.against)}
         records = read_outputs(args.data)
-        pairs = []
-        for r in records:
-            if question(r) in baseline:
-                pairs.append({**r, "output_1": baseline[question(r)], "output_2": r["output"]})
+        pairs = [{**r, "output_1": baseline[question(r)], "output_2": r["output"]} for r in records
+                 if question(r) in baseline]
         print0(f"{len(pairs)} of {len(records)} instructions of {args.data} are in {args.against}")
     else:
         pairs = read_pairs(args.data)
@@ -1040,11 +1036,12 @@ def add_api_flags(p):
     p.add_argument("--api-model", help="the model's name there")
     p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the key, if any")
     p.add_argument("--at-once", type=positive_int, default=32, help="calls in flight")
-    p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds to wait for an answer")
+    p.add_argument("--timeout", type=in_range(float, 0.001), default=120.0, help="seconds that a try takes at most")
     p.add_argument("--tries", type=positive_int, default=8, help="times a call is sent before it fails")
     p.add_argument("--price", type=nonnegative_float, nargs=2, metavar=("PROMPT", "COMPLETION"),
                    help="dollars per 1M tokens")
-    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf, help="dollars, never exceeded")
+    p.add_argument("--max-cost", type=nonnegative_float, default=math.inf,
+                   help="dollars, at most, of all runs with this cache")
     p.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost, and send nothing")
     p.add_argument("--batch-size", type=positive_int, default=64, help="responses sampled or scored in parallel")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best available)")
@@ -1097,7 +1094,7 @@ def parse(argv):
 
     for p in (sample, judge, refine, prefer):
         p.add_argument("--data", help="JSON or JSONL to read")
-        p.add_argument("--out", help="JSONL to write; next to it .failed.jsonl, .stats.json and .cache.jsonl")
+        p.add_argument("--out", help="JSON Lines to write, or X.json: a JSON list")
         if p is not prefer:
             add_api_flags(p)
 
@@ -1134,12 +1131,7 @@ def check_args(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        return COMMANDS[args.verb](args)
-    except KeyboardInterrupt:
-        command = shlex.join(sys.argv[1:] if argv is None else argv)
-        print0(f"\nstopped: the answers in {args.cache} are kept; this goes on: python simulate.py {command}")
-        return 130
+    return COMMANDS[args.verb](args)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Sends blocks without end."""
         try:
             self.wfile.write(head)
-            while not self.server.stopped:
+            while block and not self.server.stopped:
                 self.wfile.write(block)
                 time.sleep(seconds)
         except OSError:                                                     # the client has gone
@@ -100,7 +100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-STREAMS = {"dribbled head": (b"HTTP/1.1 200 OK\r\n", b"X", 0.05),
+STREAMS = {"no reply": (b"", b"", 0), "dribbled head": (b"HTTP/1.1 200 OK\r\n", b"X", 0.05),
            "dribbled body": (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b" ", 0.05),
            "endless body": (b"HTTP/1.1 200 OK\r\n\r\n", b" " * 100_000, 0)}
 
@@ -199,6 +199,7 @@ COSTS = {       # what the server does: the reason of the failure ("": none), wh
     "empty": ("empty", "empty answer", "usage"),
     "slow": ("slow", "TimeoutError: no complete answer in time", "most"),
     "broken": ("broken", "ChunkedEncodingError", "most"),
+    "no reply": ("no reply", "ConnectionError: ('Connection aborted", "most"),
     "dribbled head": ("dribbled head", "TimeoutError: no complete answer in time", "most"),
     "dribbled body": ("dribbled body", "TimeoutError: no complete answer in time", "most"),
     "endless body": ("endless body", "ValueError: the answer is longer", "most"),
@@ -214,12 +215,12 @@ def test_what_a_call_costs(hurry, tmp_path, name):
     repeated, stored as an answer, takes its neighbours with it, or is waited for longer than --timeout; or a rerun
     forgets what the first run paid."""
     fault, reason, cost = COSTS[name]
-    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=0.9)
-    asked, began, timeout = questions(3), time.monotonic(), 5 if name in ("50 MB", "endless body") else 0.5
+    server = Server(fault=lambda number, p: fault if "n 1?" in p["messages"][0]["content"] else None, slow=4)
+    asked, began, timeout = questions(3), time.monotonic(), 20 if name in ("50 MB", "endless body") else 0.5
     asker = client(server, tmp_path, timeout=timeout, price=(1000.0, 2000.0), tries=1)
     answers = asker.complete(asked)
     server.stopped = True
-    assert time.monotonic() - began < timeout + 0.5
+    assert time.monotonic() - began < timeout + 2
     assert [a.text for a in answers[::2]] == [fingerprint(p) for p in asked[::2]]
     assert answers[1].reason.startswith(reason) and bool(reason) == bool(answers[1].reason)
     assert server.calls == 3 and len(stored(tmp_path / "cache.jsonl")) == 3 - bool(reason)
@@ -257,7 +258,8 @@ def test_what_decides_the_answer_is_sent_once(tmp_path):
 
 
 def test_torn_cache_line(tmp_path):
-    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it."""
+    """A line torn by a crash breaks the next run, or swallows the answer that is appended to it; or it is only noticed
+    after paid calls that the file cannot be written."""
     server, asked, path = Server(), questions(4), tmp_path / "cache.jsonl"
     client(server, tmp_path).complete(asked[:2])
     path.write_bytes(path.read_bytes() + '\n{"key": "a", "text": "é'.encode()[:-1] + b"\n[1]\n7\n{}\n{")
@@ -267,6 +269,8 @@ def test_torn_cache_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])                                # the last answer's line is cut short
     for _ in range(2):
         client(server, tmp_path).complete(asked)
+    with pytest.raises(OSError, match="cache.jsonl"):                       # data.run_main prints one line
+        client(server, path).complete(asked)
     assert server.calls == 5
 
 
@@ -292,45 +296,18 @@ def test_what_no_call_can_escape_ends_the_run(hurry, tmp_path, status, body):
     assert len(stored(tmp_path / "cache.jsonl")) == 20
 
 
-@pytest.mark.parametrize("fault", [(200, {}, "<html>"), (400, {}, "no"), "empty", "broken"])
+@pytest.mark.parametrize("fault", [(200, {}, "<html>"), (400, {}, "no"), "empty", "broken"], ids=str)
 def test_nothing_but_failures_end_the_run(tmp_path, fault):
-    """A wrong address that answers HTML takes 512 calls, or a run in which nothing succeeded is a success."""
-    server = Server(fault=lambda number, payload: fault, seconds=0.01)
+    """A wrong address that answers HTML takes 512 calls, a run in which nothing succeeded is a success, or a rerun ends
+    because all that is left fails."""
+    server = Server(fault=lambda number, payload: fault if number else None, seconds=0.01)
+    answers = [client(server, tmp_path / "one").complete(questions(n))[-1] for n in (1, 30)]
+    assert answers[0].text and answers[1].reason
     with pytest.raises(InputError, match="20 calls failed"):
         client(server, tmp_path, at_once=4).complete(questions(512))
-    assert server.calls <= 24
+    assert server.calls <= 30 + 24
     done, failed, _ = run("judge", server, OUTPUTS[:3], tmp_path / "out", "--by", "api")
     assert not done and len(failed) == 3                                    # run() asserts exit code 1
-
-
-def test_answers_that_cannot_be_stored_are_not_paid(tmp_path):
-    """An unwritable output is noticed after 89 paid calls."""
-    server = Server()
-    with pytest.raises(InputError, match="cannot be written"):
-        run("judge", server, OUTPUTS, tmp_path / "out", "--by", "api", "--cache", write(tmp_path / "x", []) + "/cache")
-    assert server.calls == 0
-
-
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "https:///v1"])
-def test_addresses_without_a_scheme_or_server(tmp_path, url):
-    """A missing scheme reads as a server that is not there."""
-    with pytest.raises(InputError, match="begins with http:// or https://"):
-        client(url, tmp_path)
-
-
-@pytest.mark.parametrize("scheme, reason", [("http", "Connection aborted"), ("https", "SSLError")])
-def test_faults_have_names(hurry, tmp_path, scheme, reason):
-    """A TLS error or a connection that breaks reads as a server that is not there."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        def close():
-            connection, _ = listening.accept()
-            connection.recv(10_000)
-            connection.sendall(b"neither TLS nor a head" if scheme == "https" else b"")
-            connection.close()
-        threading.Thread(target=close, daemon=True).start()
-        address = f"{scheme}://127.0.0.1:{listening.getsockname()[1]}/v1"
-        answer, = client(address, tmp_path, tries=1).complete(questions(1))
-    assert reason in answer.reason and "refused" not in answer.reason
 
 
 def test_ctrl_c_ends_a_run_at_once(tmp_path):
@@ -348,18 +325,23 @@ def test_ctrl_c_ends_a_run_at_once(tmp_path):
     p.send_signal(signal.SIGINT)
     said, errors = p.communicate()
     assert p.returncode == 130 and time.monotonic() - began < 8             # most of it, the interpreter's end
-    assert "Traceback" not in errors and f"{cache} are kept" in said and len(stored(cache)) == 10
+    assert "Traceback" not in errors and "go on with" in said and len(stored(cache)) == 10
     server.fault = lambda number, p: None
-    assert simulate.main(shlex.split(said[said.index("python simulate.py"):])[2:]) == 0
+    assert simulate.main(shlex.split(said[said.index("go on with"):])[5:]) == 0
     stats = json.loads(Path(f"{out}.stats.json").read_text())
     assert stats["calls"] == server.calls == 30 and stats["records"] == 20 and stats["from_cache"] == 10
 
 
 def test_an_address_that_nobody_answers(hurry, tmp_path):
-    """A mistyped address fails every record after minutes of retries, or a server that is gone for a while ends the
-    run and charges what was never sent."""
+    """A mistyped address fails every record after minutes of retries, its TLS error or missing scheme reads otherwise,
+    or a server that is gone for a while ends the run and charges what was never sent."""
     with pytest.raises(InputError, match="ConnectionError"):
         client("http://127.0.0.1:9/v1", tmp_path, tries=2).complete(questions(40))
+    answer, = client(Server().url.replace("http", "https"), tmp_path, tries=1).complete(questions(1))
+    assert answer.reason.startswith("SSLError")
+    for url in ("localhost:8000/v1", "http://", "https:///v1"):
+        with pytest.raises(InputError, match="begins with http:// or https://"):
+            client(url, tmp_path)
     server, asked = Server(), questions(3)
     asker = client(server, tmp_path, tries=2, price=(1e3, 1e3))
     asker.complete(asked[:1])
@@ -587,7 +569,7 @@ def test_preferences_of_the_pool(tmp_path):
 
 def test_preferences_of_one_judge(tmp_path):
     """--single asks the pool, or several pairs at once; calls that failed, ties and duplicates count as replies that
-    were understood; or the win rate is the baseline's, or counts instructions that only one of the files has."""
+    were understood; or the win rate is the baseline's, counts instructions that one file lacks, or is of none."""
     server = Server(answer=lambda p: "both" if "odd" in p["messages"][1]["content"] else compare(p),
                    fault=lambda n, p: (400, {}, "no") if "Ask 1" in p["messages"][1]["content"] else None)
     pairs = make_pairs(20, odd=(3, 4))
@@ -604,6 +586,8 @@ def test_preferences_of_one_judge(tmp_path):
                               "--single", "--against", write(tmp_path / "base.jsonl", base))
     assert len(done) == 45 and stats["win_rate"] == pytest.approx(35 / 45)
     assert stats["win_rate_se"] == pytest.approx(math.sqrt(35 / 45 * 10 / 45 / 44))
+    with pytest.raises(InputError, match="no pair to compare"):
+        run("prefer", server, OUTPUTS, tmp_path / "none", "--by", "api", "--against", tmp_path / "base.jsonl")
 
 
 def weigh(payload):
@@ -621,6 +605,7 @@ def test_preferences_of_the_weighted_judge(tmp_path):
     server, pairs = Server(fault=lambda number, p: weigh(p)), make_pairs(30)
     done, failed, _ = run("prefer", server, pairs, tmp_path / "out.json", "--by", "api", "--weighted")
     assert not failed and {r["switched"] for r in done} == {True, False}
+    assert json.loads((tmp_path / "out.json").read_text()) == done          # the name asks for a list
     for r in done:
         assert r["preference"] == pytest.approx(1.2 if "good" in r["output_1"] else 1.8)
     p = server.payloads[0]
@@ -631,15 +616,6 @@ def test_preferences_of_the_weighted_judge(tmp_path):
     assert not done and {r["reason"][:20] for r in failed} == {"no log-probabilities"}
     with pytest.raises(InputError, match="--by api or --by model"):
         run("prefer", server, pairs, tmp_path / "out", "--weighted")
-
-
-def test_what_cannot_be_compared_is_an_error(tmp_path):
-    """`prefer` succeeds with nothing: a win rate of 0.5 for files without common instructions, and exit code 0."""
-    base = write(tmp_path / "base.jsonl", [{"instruction": "other", "output": "x"}])
-    with pytest.raises(InputError, match="no pair to compare"):
-        run("prefer", Server(), OUTPUTS, tmp_path / "out", "--by", "api", "--against", base)
-    done, failed, stats = run("prefer", Server(answer=lambda p: "both"), make_pairs(5), tmp_path / "out", "--by", "api")
-    assert not done and len(failed) == 5 and stats["parse_rate"] == 0       # run() asserts exit code 1
 
 
 @pytest.mark.parametrize("verb, records, more", [
@@ -687,6 +663,7 @@ LABELS = {
     ("json", 'So "a_is_better": true'): [], ("json", '{"a_is_better": "true"}'): [],
     ("letter", '{"m": -6.704e-7, "M": -15.515626}'): [pytest.approx(1.000000183, abs=1e-9)],
     ("letter", '{"M": -0.5, "x": -1}'): [2.0], ("letter", '{"m": -3.0}'): [1.0], ("letter", '{"x": -1}'): [],
+    **{(name, style.example): [2] for name, style in STYLES.items() if name != "letter"},
     ("letter", '{"m": -1000.0, "M": -1.0}'): [2.0], ("letter", '{"m": -1.0, "M": -1.0}'): [1.5],
 }
 
@@ -696,13 +673,6 @@ def test_labels_in_replies(style, text):
     """A label inside a sentence or a reason counts, a line with a leading space does not, or one in the requested
     format is not understood; the weighted judge's preference is the other output's (vectors of AlpacaEval's row)."""
     assert find_labels(text, style) == LABELS[style, text]
-
-
-@pytest.mark.parametrize("name", ["word", "list", "json"])
-def test_worked_examples_are_labels(name):
-    """The answer that a prompt shows is not understood, or does not fit."""
-    style = STYLES[name]
-    assert find_labels(style.example, name) == [2] and len(style.example) / 3 < style.tokens
 
 
 def assert_fraction(hits, expected):
@@ -817,9 +787,8 @@ def test_a_model_compares(model, tmp_path):
     hard, soft = prefer(*by_model), prefer(*by_model, "--weighted")
     assert all((r["preference"] > 1.5) == (s["preference"] == 2) for r, s in zip(soft, hard)) and hard != soft
     assert {r["annotator"] for r in prefer("--by", "reference")} == {"reference"}
-    for wrong in (["--by", "model"], ["--by", "model", "--judge-model", str(tmp_path / "reward")]):
-        with pytest.raises(InputError, match="--judge-model DIR|is a reward model"):
-            prefer(*wrong)
+    with pytest.raises(InputError, match="--judge-model DIR"):
+        prefer("--by", "model")
 
 
 def test_without_a_model_the_newest_run_is_asked(model, tmp_path, monkeypatch, capsys):
@@ -851,7 +820,7 @@ def sampling(model, tmp_path, out, *more):
             "--batch-size", "2", "--max-new-tokens", "6", "--temperature", "1", "--device", "cpu", *more]
 
 
-def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch, capsys):
+def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch):
     """A stopped run samples everything again, or continues with other random numbers than an undisturbed one."""
     simulate.main(sampling(model, tmp_path, "whole.jsonl"))
     real, asked = simulate.sample_responses, []
@@ -863,8 +832,8 @@ def test_sampling_continues_where_it_stopped(model, tmp_path, monkeypatch, capsy
         asked.extend(r["instruction"] for r in records)
         return real(model, tokenizer, records, *args, **kw)
     monkeypatch.setattr(simulate, "sample_responses", sample_responses)
-    assert simulate.main(sampling(model, tmp_path, "parts.jsonl")) == 130
-    assert "parts.jsonl.cache.jsonl are kept; this goes on: python simulate.py sample" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        simulate.main(sampling(model, tmp_path, "parts.jsonl"))
     simulate.main(sampling(model, tmp_path, "parts.jsonl"))
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(asked) == len(set(asked)) == 23
