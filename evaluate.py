@@ -14,12 +14,12 @@ One judged response on its way (probabilities of the built-in world's SFT model)
   words         0     1       2     3     4     5            word 3 is flagged and wrong: precision 1, recall 1
   marked        The answer is [4].
 
-Commands (FILES may be annotations, leaderboards and run folders):
+Commands (FILES are annotations and run folders):
 
   python evaluate.py                                    the newest run on the built-in world's test split (--model DIR)
   python evaluate.py compare --model out/cut-0          win rate against its SFT model, by simulated annotators
   python evaluate.py compare --model mine.json --against davinci.json --by api --api URL --api-model NAME
-  python evaluate.py leaderboard FILES                  one table; --against OTHER.csv: rank agreement
+  python evaluate.py leaderboard FILES                  one table; --rank-with OTHER.csv: agreement of the ranks
   python evaluate.py decoders --model out/cut-0         greedy, sampling, best-of-n at their cost in tokens
   python evaluate.py agreement --data preferences.jsonl --labels truth.jsonl    agreement, variance, bias
   python evaluate.py score --reward out/reward-0 --data outputs.jsonl   rewards; --model DIR: perplexity
@@ -592,7 +592,7 @@ def examples_html(run, most=12):
 
 
 def report(args):
-    """Runs, annotations and leaderboards as one self-contained HTML page."""
+    """Runs and annotations as one self-contained HTML page."""
     runs = [load_run(path) for path in args.files if Path(path).is_dir()]
     style = Path(__file__).with_name("assets") / "report.css"
     page = PAGE.format(
