@@ -410,11 +410,15 @@ def read_json(path, empty=False):
             records = [{"instruction": line.strip()} for line in text.split("\n") if line.strip()]
         else:
             if not text.lstrip().startswith("["):           # lines: with commas between them, errors tell the line
-                text = "[" + re.sub(r"(?<=\S)(\s*\n\s*)(?=\S)", r",\1", text) + "]"
+                text = "[" + re.sub(r"\n\s*", r",\g<0>", text.strip()) + "]"
             records = json.loads(text)
+        surrogates = re.search(r"\\u[dD]", text)
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise InputError(f"{path}: record {i} is {type(record).__name__}, not an object with keys")
+        if surrogates:                                      # UTF-8, and so no file of ours, can hold an unpaired one
+            with reading(path, f"record {i}: mend it or leave it out"):
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
     if not records and not empty:
         raise InputError(f"{path}: holds no records")
     return records
@@ -474,9 +478,6 @@ def check_record(path, i, record, *keys):
                              + (" or null" if key != name else ""))
         if name in ("instruction", "output") and not value.strip():
             raise InputError(f"{path}: record {i}: {name!r} is empty; leave such records out")
-        if re.search("[\ud800-\udfff]", value):
-            raise InputError(f"{path}: record {i}: {name!r} has an unpaired surrogate, which UTF-8 cannot hold: "
-                             "mend the text or leave the record out")
     return record
 
 
