@@ -274,7 +274,7 @@ COLUMNS = {
     "n_draws": "tied", "n_total": "n", "n_failed": "failed", "n_missing": "missing", "avg_length": "length",
     "difference": "to first", "difference_se": "+-", "p": "p",
 }
-RIDGE = 10.0                 # penalty on the length coefficient where there are no regularizing rows
+RIDGE = 10.0                 # times theta^2: penalty on the length coefficient without regularizing rows
 NO_ROWS = np.zeros((0, 3))
 
 
@@ -352,16 +352,16 @@ def length_controlled(scores, delta, difficulty, regularizer=NO_ROWS):
 
 def fit_logistic(features, targets, weights, penalty):
     """Logistic regression on soft targets by Newton's method: coefficients x (k,) that minimize the weighted sum of the
-    cross-entropies plus 1/2 sum penalty x^2. features (n, k); targets, weights (n,); penalty (k,)."""
+    cross-entropies plus sum penalty x^2. features (n, k); targets, weights (n,); penalty (k,)."""
     def loss(x):
         logits = features @ x
-        return weights @ (np.logaddexp(0, logits) - targets * logits) + penalty @ x**2 / 2
+        return weights @ (np.logaddexp(0, logits) - targets * logits) + penalty @ x**2
 
     x = np.zeros(features.shape[1])
     for _ in range(50):
         p = 1 / (1 + np.exp(-features @ x))
-        gradient = features.T @ (weights * (p - targets)) + penalty * x
-        hessian = (features.T * (weights * p * (1 - p))) @ features + np.diag(penalty)
+        gradient = features.T @ (weights * (p - targets)) + 2 * penalty * x
+        hessian = (features.T * (weights * p * (1 - p))) @ features + 2 * np.diag(penalty)
         step = np.linalg.solve(hessian, gradient)
         while loss(x - step) > loss(x):                     # too long
             step /= 2
@@ -452,7 +452,7 @@ def print_leaderboard(rows, args):
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         print0(first.ljust(widths[0]), *cells)
     print0("controlled: at equal length, with AlpacaEval's instruction difficulty" if args.difficulty else
-           f"controlled: at equal length; without --difficulty a ridge penalty of {RIDGE / 2:g} theta^2 on the length "
+           f"controlled: at equal length; without --difficulty a ridge penalty of {RIDGE:g} theta^2 on the length "
            "coefficient is in the place of AlpacaEval's regularizing rows")
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

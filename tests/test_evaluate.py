@@ -313,7 +313,7 @@ def test_logistic_fit_against_its_gradient():
         y, w = (rng.random(40) < share).astype(float), rng.random(40)
         penalty = np.array([10, 1e-6, 1e-6])
         beta = fit_logistic(x, y, w, penalty)
-        gradient = x.T @ (w * (1 / (1 + np.exp(-x @ beta)) - y)) + penalty * beta
+        gradient = x.T @ (w * (1 / (1 + np.exp(-x @ beta)) - y)) + 2 * penalty * beta
         assert abs(gradient).max() < 1e-6
 
 
