@@ -260,8 +260,9 @@ def test_a_change_is_small_and_readme_shows_it():
     """Adding a pair loss or a policy gradient touches ever more places; README's diff is another one."""
     assert all(len(changed_lines(name)) <= most for name, most in PATCHES.items())
     assert f"SimPO is {len(changed_lines('simpo'))} lines" in text("README.md")
-    for line in changed_lines("rloo"):
-        assert len(line) == 1 or f"\n{line}\n" in text("README.md"), line
+    assert f"is {len(changed_lines('rloo'))} lines" in text("README.md")
+    formula = text("tests/rloo.patch").partition("+def rloo")[2].partition("\n+\n")[0]
+    assert f"```diff\n+def rloo{formula}\n```" in text("README.md")
 
 
 def run(script, *argv, cwd):
