@@ -39,8 +39,8 @@ import numpy as np
 import torch
 
 from data import (
-    FORMATS, InputError, Tokenizer, World, atomic_write, chunks, collate, count_errors, positive_int, print0,
-    prompt_ids, read_instructions, read_json, read_outputs, read_preferences, read_records, reading, run_main,
+    FORMATS, HelpFormatter, InputError, Tokenizer, World, atomic_write, chunks, collate, count_errors, positive_int,
+    print0, prompt_ids, read_instructions, read_json, read_outputs, read_preferences, read_records, reading, run_main,
     write_json, write_json_lines, wrong_words)
 from model import DTYPES, LLaMA, rank, read_config, setup_device
 from simulate import (
@@ -786,7 +786,7 @@ NEEDS = {"leaderboard": "files", "report": "files", "agreement": "data", "score"
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("command", nargs="?", choices=COMMANDS, default="world", help="default: world")
     p.add_argument("files", nargs="*", help="leaderboard, report: annotations and run folders")
     p.add_argument("--model", nargs="+", help="model directory (default: the newest run in out/); compare: one or "

@@ -44,8 +44,8 @@ from requests.adapters import HTTPAdapter, MaxRetryError, Retry
 from tqdm import tqdm
 
 from data import (
-    FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, InputError, Tokenizer, World, chunks, collate, corrected, count_errors,
-    fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids,
+    FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, HelpFormatter, InputError, Tokenizer, World, chunks, collate, corrected,
+    count_errors, fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids,
     read_instructions, read_judged, read_outputs, read_pairs, run_main, units, write_json, write_json_lines)
 from model import (
     DTYPES, LLaMA, RewardModel, barrier, gather_lists, generate, rank, read_config, setup_device, share)
@@ -1074,12 +1074,12 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["sample", *argv]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    sample = verbs.add_parser("sample", help="instructions -> outputs")
-    judge = verbs.add_parser("judge", help="outputs -> judged responses")
-    refine = verbs.add_parser("refine", help="judged responses -> rewritten outputs")
-    prefer = verbs.add_parser("prefer", help="pairs or several outputs -> preferences")
+    sample, judge, refine, prefer = [
+        verbs.add_parser(verb, help=text, formatter_class=HelpFormatter) for verb, text in (
+            ("sample", "instructions -> outputs"), ("judge", "outputs -> judged responses"),
+            ("refine", "judged responses -> rewritten outputs"), ("prefer", "pairs or several outputs -> preferences"))]
 
     sample.add_argument("--prompt", help="one instruction, answered on the terminal")
     sample.add_argument("--outputs", type=positive_int, default=1, help="outputs for each instruction")
