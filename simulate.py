@@ -44,9 +44,10 @@ from requests.adapters import HTTPAdapter, MaxRetryError, Retry
 from tqdm import tqdm
 
 from data import (
-    FORMATS, JUDGE_SYSTEM, JUDGE_USER, JUDGES, HelpFormatter, InputError, Tokenizer, World, chunks, collate, corrected,
-    count_errors, fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad, positive_int, print0, prompt_ids,
-    read_instructions, read_judged, read_outputs, read_pairs, run_main, units, write_json, write_json_lines)
+    FORMATS, JUDGES, JUDGE_SYSTEM, JUDGE_USER, HelpFormatter, InputError, Tokenizer, World, chunks, collate,
+    corrected, count_errors, fill_template, fraction, in_range, nonnegative_float, nonnegative_int, pad,
+    positive_int, print0, prompt_ids, read_instructions, read_judged, read_outputs, read_pairs, run_main, units,
+    write_json, write_json_lines)
 from model import (
     DTYPES, LLaMA, RewardModel, barrier, gather_lists, generate, rank, read_config, setup_device, share)
 
