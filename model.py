@@ -1198,9 +1198,7 @@ class Run:
     def load(self):
         """Restores what save() wrote; the flags have to agree."""
         with reading(self.path, "start over with --overwrite"):
-            if damaged := zipfile.ZipFile(self.path).testzip():
-                raise ValueError(f"checksum of {damaged}")
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved = read_pickle(self.path)
             if changed := changed_flag(saved["flags"], self.flags):
                 raise InputError(f"{self.path}: {changed}: resume with equal flags")
             copy_weights(trained_weights(self.model), saved["model"], self.path)

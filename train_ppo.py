@@ -60,7 +60,7 @@ from losses import (
 from model import (
     DTYPES, HALF, LLaMA, RewardModel, add_lora, barrier, check_memory, copy_weights, distribute, gather_lists,
     generate, load_adapter, lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, on_meta, peak_memory,
-    rank, read_config, share, trained_weights, world_size)
+    rank, read_config, read_pickle, share, trained_weights, world_size)
 from simulate import (
     built_in_preferences, mean_and_se, reward_scores, sample_responses, score_texts)
 
@@ -688,8 +688,7 @@ def evaluate_and_save(policy, task, run, args, device):
         barrier()                                                # best.pt is there
         best = max(curve, key=lambda c: c["gold"])
         with reading(path := Path(args.out, "best.pt")):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            copy_weights(trained_weights(policy), weights, path)
+            copy_weights(trained_weights(policy), read_pickle(path), path)
         results.update(best)
         if best["step"] == 0:                                    # the SFT model, to which control tokens mean nothing
             control = None
