@@ -492,7 +492,7 @@ def check_weights(wanted, saved, source):
     """Saved tensors have to be floating-point numbers with the names and shapes of those wanted."""
     kind = " (a reward model)" if "score.weight" in set(saved) - set(wanted) else ""
     for name in sorted({**wanted, **saved}):
-        before, now = (list(weights[name].shape) if name in weights else None for weights in (saved, wanted))
+        before, now = (list(weights[name].shape) if name in weights else "none" for weights in (saved, wanted))
         if before != now or not saved[name].is_floating_point():
             raise InputError(f"{source}{kind}: {name} was saved with shape {before}, this model has {now}: use the "
                              "model that it was saved from")

@@ -183,7 +183,7 @@ def test_a_complete_config_is_read_as_it_is(hf, tmp_path, capsys):
     ("model_type", {"model_type": "mistral"}),
     ("num_key_value_heads", {"num_key_value_heads": 4}),
     ("head_dim", {"head_dim": 3}),
-    ("not a LLaMA's configuration", {"num_attention_heads": 0}),
+    ("cannot be read .ZeroDivisionError", {"num_attention_heads": 0}),
     ("vocab_size", {"vocab_size": "61"}),
     ("hidden_size", {"hidden_size": ...})])
 def test_a_config_of_another_function_is_refused(tmp_path, key, change):
@@ -247,7 +247,7 @@ def test_pickled_weights_are_read_and_code_is_refused(tmp_path, monkeypatch, sha
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.save({**state, "evil": Code()}, tmp_path / shard)
-    with pytest.raises(InputError, match=f"{shard}: cannot be read as plain weights"):
+    with pytest.raises(InputError, match=f"{shard}: cannot be read .UnpicklingError"):
         LLaMA.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -271,21 +271,21 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     others = {key: w for key, w in state.items() if key != name}
     M.write_safetensors(path, others)
-    refused(f"lacks 1 of 21 weights, {name}")
+    refused(rf"{name} was saved with shape none, this model has \[40, 24\]")
     M.write_safetensors(path, {**others, name: state[name].T})
-    refused(rf"{name} has shape \[24, 40\], its config.json says \[40, 24\]")
+    refused(rf"{name} was saved with shape \[24, 40\], this model has \[40, 24\]")
     M.write_safetensors(path, {**state, "model.layers.0.self_attn.q_proj.bias": torch.zeros(60)})
-    refused("unexpected weight model.layers.0.self_attn.q_proj.bias")
+    refused(r"model.layers.0.self_attn.q_proj.bias was saved with shape \[60\], this model has none")
 
     path.unlink()
     refused("neither model.safetensors nor pytorch_model.bin")
     write_json(index, {"weight_map": {**dict.fromkeys(others, "a"), name: "b"}})
     M.write_safetensors(tmp_path / "a", others)
-    refused("names b, which is not there")
+    refused("b: no such file")
     M.write_safetensors(tmp_path / "b", {})
     refused(f"{name} is in none of the shards")
     (tmp_path / "config.json").write_text("{'single': quotes}")
-    refused("config.json: not a LLaMA's configuration")
+    refused("config.json: cannot be read .JSONDecodeError")
     (tmp_path / "config.json").unlink()
     refused("config.json: no such file")
 
@@ -476,12 +476,13 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     save_adapter(adapted(), tmp_path, "base")
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    write_json(path, {**config, "r": 3})
-    with pytest.raises(InputError, match=r"saved with shape \[4, 40\], this model has \[3, 40\]"):
-        load_adapter(ours(), tmp_path)
-    write_json(path, {**config, "use_dora": True})
-    with pytest.raises(InputError, match="use_dora is True"):
-        load_adapter(ours(), tmp_path)
+    for change, message in (({"r": 3}, r"r 3, lora_alpha 8, weights of rank \[4\]"),
+                            ({"use_dora": True}, "use_dora is True"),
+                            ({"alpha_pattern": {"up_proj": 3}}, "alpha_pattern is {'up_proj': 3}"),
+                            ({"rank_pattern": {"up_proj": 2}}, "rank_pattern is")):
+        write_json(path, {**config, **change})
+        with pytest.raises(InputError, match=message):
+            load_adapter(ours(), tmp_path)
 
 
 def test_the_head_of_a_half_precision_reward_model_is_in_fp32(tmp_path):
