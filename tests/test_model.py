@@ -183,8 +183,16 @@ def test_a_complete_config_is_read_as_it_is(hf, tmp_path, capsys):
     ("model_type", {"model_type": "mistral"}),
     ("num_key_value_heads", {"num_key_value_heads": 4}),
     ("head_dim", {"head_dim": 3}),
-    ("cannot be read .ZeroDivisionError", {"num_attention_heads": 0}),
+    ("ZeroDivisionError", {"num_attention_heads": 0}),
     ("vocab_size", {"vocab_size": "61"}),
+    ("num_hidden_layers", {"num_hidden_layers": 2**31}),
+    ("num_hidden_layers", {"num_hidden_layers": True}),
+    ("hidden_size", {"hidden_size": 2**40}),
+    ("rms_norm_eps", {"rms_norm_eps": float("nan")}),
+    ("rope_theta", {"rope_parameters": {"rope_theta": "500"}}),
+    ("tie_word_embeddings", {"tie_word_embeddings": "false"}),
+    ("prompt_format", {"prompt_format": "alpaka"}),
+    ("reward_token", {"reward_token": 8}),
     ("hidden_size", {"hidden_size": ...})])
 def test_a_config_of_another_function_is_refused(tmp_path, key, change):
     """A checkpoint that computes something else than it was trained for, or a traceback where one line would do."""
@@ -212,6 +220,17 @@ def test_safetensors_both_ways(tmp_path):
         assert set(read) == set(tensors)
         for name, t in tensors.items():
             assert read[name].dtype == t.dtype and torch.equal(read[name], t), name
+
+
+@pytest.mark.parametrize("a, b, size", [([0, 8], [0, 8], 8), ([0, 8], [4, 12], 12), ([0, 8], [12, 20], 20),
+                                        ([-8, 0], [0, 8], 8), ([0, 8], [8, 16], 17), ([0, 8], [8, 16], 15)])
+def test_safetensors_tile_their_file(tmp_path, a, b, size):
+    """Two names on the same bytes, a gap, bytes before or after the file's: the format forbids them all."""
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": place} for name, place in (("a", a), ("b", b))}
+    text = json.dumps(header).encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(InputError, match="x: cannot be read"):
+        M.read_safetensors(tmp_path / "x")
 
 
 def test_training_never_writes_into_the_checkpoint(tmp_path):
@@ -247,9 +266,15 @@ def test_pickled_weights_are_read_and_code_is_refused(tmp_path, monkeypatch, sha
     same_weights(mine, LLaMA.from_pretrained(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.save({**state, "evil": Code()}, tmp_path / shard)
-    with pytest.raises(InputError, match=f"{shard}: cannot be read .UnpicklingError"):
+    with pytest.raises(InputError, match=f"{shard}: cannot be read .*plain weights"):
         LLaMA.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
+    torch.save(state, tmp_path / shard)
+    content = bytearray((tmp_path / shard).read_bytes())
+    content[content.index(state["lm_head.weight"].detach().numpy().tobytes())] ^= 1
+    (tmp_path / shard).write_bytes(content)
+    with pytest.raises(InputError, match=f"{shard}: cannot be read .*checksums"):
+        LLaMA.from_pretrained(tmp_path)
 
 
 def test_damaged_or_foreign_weights_are_refused(tmp_path):
@@ -271,11 +296,15 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     others = {key: w for key, w in state.items() if key != name}
     M.write_safetensors(path, others)
-    refused(rf"{name} was saved with shape none, this model has \[40, 24\]")
+    refused(f"{name} was saved with shape none")
     M.write_safetensors(path, {**others, name: state[name].T})
     refused(rf"{name} was saved with shape \[24, 40\], this model has \[40, 24\]")
     M.write_safetensors(path, {**state, "model.layers.0.self_attn.q_proj.bias": torch.zeros(60)})
-    refused(r"model.layers.0.self_attn.q_proj.bias was saved with shape \[60\], this model has none")
+    refused("q_proj.bias was saved with shape .60., this model has none")
+    M.write_safetensors(path, {**others, name: torch.zeros(40, 24, dtype=torch.int32)})
+    refused(name)                                                          # whole numbers are no weights
+    RewardModel.from_backbone(mine).save_pretrained(tmp_path)
+    refused(r"\(a reward model\): lm_head.weight")
 
     path.unlink()
     refused("neither model.safetensors nor pytorch_model.bin")
@@ -284,8 +313,11 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
     refused("b: no such file")
     M.write_safetensors(tmp_path / "b", {})
     refused(f"{name} is in none of the shards")
+    for elsewhere in ("../b", str(tmp_path / "b")):
+        write_json(index, {"weight_map": {**dict.fromkeys(others, "a"), name: elsewhere}})
+        refused("index.json: cannot be read")
     (tmp_path / "config.json").write_text("{'single': quotes}")
-    refused("config.json: cannot be read .JSONDecodeError")
+    refused("config.json: cannot be read")
     (tmp_path / "config.json").unlink()
     refused("config.json: no such file")
 
@@ -476,12 +508,27 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     save_adapter(adapted(), tmp_path, "base")
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    for change, message in (({"r": 3}, r"r 3, lora_alpha 8, weights of rank \[4\]"),
-                            ({"use_dora": True}, "use_dora is True"),
-                            ({"alpha_pattern": {"up_proj": 3}}, "alpha_pattern is {'up_proj': 3}"),
-                            ({"rank_pattern": {"up_proj": 2}}, "rank_pattern is")):
-        write_json(path, {**config, **change})
-        with pytest.raises(InputError, match=message):
+    for rank in (3, 2**40, "4", None):
+        write_json(path, {**config, "r": rank})
+        with pytest.raises(InputError, match="adapter_config.json.*rank"):
+            load_adapter(ours(), tmp_path)
+
+
+def test_only_plain_adapters_are_loaded(tmp_path):
+    """An option of PEFT that makes another function of the same weights is ignored; or its defaults are refused."""
+    peft = pytest.importorskip("peft")
+    save_adapter(adapted(), tmp_path, "base")
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    plain = {**peft.LoraConfig(task_type="CAUSAL_LM").to_dict(), **config}
+    write_json(path, plain)
+    load_adapter(ours(), tmp_path)
+    for key, value in {"use_dora": True, "use_rslora": True, "lora_bias": True, "fan_in_fan_out": True, "bias": "all",
+                       "alpha_pattern": {"up_proj": 99}, "rank_pattern": {"up_proj": 4}, "init_lora_weights": "pissa",
+                       "layers_to_transform": [0], "layer_replication": [[0, 1]], "exclude_modules": ["up_proj"],
+                       "peft_type": "IA3", "invented_next_year": {"x": 1}}.items():
+        write_json(path, {**plain, key: value})
+        with pytest.raises(InputError, match=f"{key} is .*not implemented"):
             load_adapter(ours(), tmp_path)
 
 
