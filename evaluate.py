@@ -615,7 +615,7 @@ def open_policy(directory, args):
     """(model, tokenizer, prompt format, the built-in world that it was trained in) of a model directory."""
     _, raw = read_config(directory, quiet=True)
     model = LLaMA.from_pretrained(directory, DTYPES[args.dtype], setup_device(args.device))
-    seed = raw.get("run", {}).get("seed", 0) if args.seed is None else args.seed
+    seed = (raw.get("run") or {}).get("seed", 0) if args.seed is None else args.seed
     return model, Tokenizer.from_pretrained(directory), model_format(directory, args.format), World(seed)
 
 
@@ -662,7 +662,7 @@ def read_answers(path, args):
 def compare(args):
     """Win rates of outputs against a baseline's, by any annotator of simulate.py."""
     args.model, args.out, args.seed = args.model or [newest_run()], args.out or "out/compare", args.seed or 0
-    against = args.against or read_config(args.model[0], quiet=True)[1].get("run", {}).get("model")
+    against = args.against or (read_config(args.model[0], quiet=True)[1].get("run") or {}).get("model")
     if not against:
         raise InputError(f"{args.model[0]} does not say which model it was trained from: give a baseline as --against")
     if Path(against).is_file() and not args.data:

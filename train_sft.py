@@ -181,7 +181,7 @@ def check_folder(args):
     elif config and not (args.resume or args.overwrite):
         # The built-in models that are not given are made, and named, later.
         now = {name: value for name, value in vars(args).items() if value or name not in ("model", "reward")}
-        if changed := changed_flag(read_config(args.out, quiet=True)[1].get("run", {}), now):
+        if changed := changed_flag(read_config(args.out, quiet=True)[1].get("run") or {}, now):
             raise InputError(f"{args.out} holds a model of another run ({changed}): give another --out, or --overwrite")
 
 
