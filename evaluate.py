@@ -470,13 +470,13 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Learning from feedback</title><style>{style}</style>
 <body><header><h1>Learning from feedback</h1><p>{keys}</p></header>
-<main><section><h2>Win rates</h2>{leaderboard}</section>
-<section><h2>Curves</h2><div class="grid">{curves}</div></section>
-<section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by
+<main><section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by
 log p(y | x, j) &minus; log p(y | x): <span class="tokens"><span class="up" style="--r:60%">more likely</span> or
 <span class="down" style="--r:60%">less likely</span></span> after the judgment.
 <span class="flag">Underlined</span> tokens are flagged, <span class="wrong">boxed</span> words are wrong.</p>
-{examples}</section></main></body></html>
+{examples}</section>
+<section><h2>Curves</h2><div class="grid">{curves}</div></section>
+<section><h2>Win rates</h2>{leaderboard}</section></main></body></html>
 """
 CHARTS = ("exact_match", "errors", "win_rate", "precision", "recall", "flagged", "loss", "reward", "proxy", "gold",
           "kl", "clip_fraction", "entropy", "accuracy", "margin", "log_ratio", "grad_norm")
@@ -490,9 +490,10 @@ def load_run(folder):
             results = dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     if (folder / "metrics.jsonl").is_file():
         steps = read_json(folder / "metrics.jsonl", empty=True)
-    sources = {"rounds": results.get("rounds", []), "training": steps, "validation": results.get("curve", [])}
+    rounds = [results.get("sft", {}), *results["rounds"]] if "rounds" in results else []        # round 0: the SFT model
+    sources = {"rounds": rounds, "training": steps, "validation": results.get("curve", [])}
     for name, source in itertools.product(CHARTS, sources):
-        points = [(r.get("step", i), r[name], r.get(f"{name}_se", 0)) for i, r in enumerate(sources[source], 1)
+        points = [(r.get("step", i), r[name], r.get(f"{name}_se", 0)) for i, r in enumerate(sources[source])
                   if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
         if points:
             curves[name, source] = np.array(points, dtype=float)
@@ -571,13 +572,13 @@ def tokens_html(r):
 
 
 def examples_html(run, most=12):
-    """What CUT flagged at the beginning of each round; of the last round also as the trained model reads it."""
+    """What CUT flagged at the beginning of each round, the last one first and also as the trained model reads it."""
     after, parts = [], []
     if (run["folder"] / "flags-after.jsonl").is_file():
         after = read_json(run["folder"] / "flags-after.jsonl", empty=True)
     after = {r["id"]: r for r in after}
     paths = sorted(run["folder"].glob("flags-[0-9]*.jsonl"), key=lambda path: (len(path.name), path))
-    for number, path in enumerate(paths, 1):
+    for number, path in reversed(list(enumerate(paths, 1))):
         records, cards = [r for r in read_json(path, empty=True) if "tokens" in r], []     # not in older runs
         for r in records[:most]:
             responses = f'<dt>before</dt><dd class="tokens">{tokens_html(r)}</dd>'
@@ -586,7 +587,8 @@ def examples_html(run, most=12):
             asked = html.escape("; ".join(filter(None, question(r))))
             cards.append(f'<article><p class="ask">{asked}</p><dl>{responses}</dl>'
                          f'<blockquote>{html.escape(r["judgment"])}</blockquote></article>')
-        parts.append(f'<details><summary>{html.escape(run["name"])}, round {number} <small>{len(cards)} of '
+        last = " open" * (path == paths[-1])
+        parts.append(f'<details{last}><summary>{html.escape(run["name"])}, round {number} <small>{len(cards)} of '
                      f'{len(records)} bad responses</small></summary>{"".join(cards)}</details>')
     return "".join(parts)
 
