@@ -441,19 +441,26 @@ def show(value):
     return "" if value is None else f"{value:#.4g}" if isinstance(value, float) else str(value)
 
 
+def shown_columns(rows):
+    """The keys of COLUMNS that some row has."""
+    return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+
+
 def print_leaderboard(rows, args):
     """Prints a leaderboard, with a line for each dataset; writes it as JSON and in AlpacaEval's CSV."""
-    table = [["", *COLUMNS.values()]]
+    keys = shown_columns(rows)
+    table = [["", *[COLUMNS[key] for key in keys]]]
     for row in rows:
         for r in [row, *row.get("datasets", [])]:
-            table.append([r["name"], *[show(r.get(key)) for key in COLUMNS]])
+            table.append([r["name"], *[show(r.get(key)) for key in keys]])
     widths = [max(map(len, column)) for column in zip(*table)]
     for first, *others in table:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         print0(first.ljust(widths[0]), *cells)
-    print0("controlled: at equal length, with AlpacaEval's instruction difficulty" if args.difficulty else
-           f"controlled: at equal length; without --difficulty a ridge penalty of {RIDGE:g} theta^2 on the length "
-           "coefficient is in the place of AlpacaEval's regularizing rows")
+    if "length_controlled_winrate" in keys:
+        print0("controlled: at equal length, with AlpacaEval's instruction difficulty" if args.difficulty else
+               f"controlled: at equal length; without --difficulty a ridge penalty of {RIDGE:g} theta^2 on the length "
+               "coefficient is in the place of AlpacaEval's regularizing rows")
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out, "leaderboard.json"), rows)
@@ -548,7 +555,7 @@ def curves_html(runs):
 
 def leaderboard_html(rows):
     """The leaderboard; win rates with a bar and a whisker of 1.96 standard errors to either side."""
-    keys = [key for key in COLUMNS if any(key in r for r in rows)]
+    keys = shown_columns(rows)
     lines = ["<th></th><th></th>" + "".join(f"<th>{COLUMNS[key]}</th>" for key in keys)]
     for row in rows:
         for r in [row, *row.get("datasets", [])]:
