@@ -403,9 +403,9 @@ def leaderboard_rows(files, column="win_rate", difficulty=None, asked=()):
             row["datasets"] = [leaderboard_row(f"  {key}", part, (), regularizer) for key, part in parts.items()]
         rows.append(row)
     rows.sort(key=lambda row: -(row.get(column) or 0))
-    first, *others = [row for row in rows if row["name"] in models] or [None]
-    for row in others:
-        row.update(paired_test(models[row["name"]], models[first["name"]]))
+    compared = [row for row in rows if row["name"] in models]
+    for row in compared[1:]:
+        row.update(paired_test(models[row["name"]], models[compared[0]["name"]]))
     return rows
 
 
@@ -423,7 +423,9 @@ def run_row(folder):
 def read_csv(path):
     """The rows of a CSV file as dicts; a column without a name is `name`."""
     with reading(path), open(path, encoding="utf-8", newline="") as file:
-        return [{key or "name": value for key, value in r.items()} for r in csv.DictReader(file)]
+        header, *rows = csv.reader(file)
+        names = [key or "name" for key in header]
+        return [dict(zip(names, row)) for row in rows]
 
 
 def add_difficulty(path, models):
@@ -500,8 +502,11 @@ def load_run(folder):
     rounds = [results.get("sft", {}), *results["rounds"]] if "rounds" in results else []        # round 0: the SFT model
     sources = {"rounds": rounds, "training": steps, "validation": results.get("curve", [])}
     for name, source in itertools.product(CHARTS, sources):
-        points = [(r.get("step", i), r[name], r.get(f"{name}_se", 0)) for i, r in enumerate(sources[source])
-                  if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
+        points = []
+        for i, r in enumerate(sources[source]):
+            value = r.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                points.append((r.get("step", i), value, r.get(f"{name}_se", 0)))
         if points:
             curves[name, source] = np.array(points, dtype=float)
     if not (results or curves):
@@ -545,11 +550,15 @@ def svg_chart(lines):
 def curves_html(runs):
     """A figure for each metric: the curves of all runs, and their last values."""
     figures = []
-    for name, source in dict.fromkeys(key for run in runs for key in run["curves"]):
-        lines = {i: run["curves"][name, source] for i, run in enumerate(runs) if (name, source) in run["curves"]}
-        last = [f'<span class="key r{i % 6}">{number(line[-1, 1].item())}</span>' for i, line in lines.items()]
+    for key in dict.fromkeys(itertools.chain(*[run["curves"] for run in runs])):
+        lines, last = {}, ""
+        for i, run in enumerate(runs):
+            if key in run["curves"]:
+                lines[i] = run["curves"][key]
+                last += f'<span class="key r{i % 6}">{number(lines[i][-1, 1].item())}</span>'
+        name, source = key
         figures.append(f'<figure><figcaption>{name.replace("_", " ")} <small>{source}</small></figcaption>'
-                       f'{svg_chart(lines)}<p>{"".join(last)}</p></figure>')
+                       f'{svg_chart(lines)}<p>{last}</p></figure>')
     return "".join(figures)
 
 
@@ -699,7 +708,10 @@ def compare(args):
 
 def flat(records):
     """The records without nested values: AlpacaEval's package reads no others."""
-    return [{k: v for k, v in r.items() if not isinstance(v, (list, tuple, dict))} for r in records]
+    kept = []
+    for r in records:
+        kept.append({key: value for key, value in r.items() if not isinstance(value, (list, tuple, dict))})
+    return kept
 
 
 def leaderboard(args):
