@@ -287,8 +287,8 @@ def examples_marked(out, number, count=2):
     """What CUT flagged: responses of a round with the flagged tokens in brackets."""
     lines = read_json(Path(out, f"flags-{number}.jsonl"), empty=True)
     flags = [flag for r in lines for flag in r["flags"]]
-    marked = ["", f"what CUT flagged in the last round, {sum(flags)} of {len(flags)} tokens: in brackets, more than lambda "
-              "times as likely after the judgment"]
+    marked = ["", f"what CUT flagged in the last round, {sum(flags)} of {len(flags)} tokens: in brackets, more than "
+              "lambda times as likely after the judgment"]
     for r in [r for r in lines if any(r["flags"])][:count]:
         marked += [f"  instruction  {r['instruction']}", f"  judgment     {r['judgment']}",
                    f"  response     {mark(r['tokens'], r['flags'])}", ""]
