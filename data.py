@@ -651,7 +651,8 @@ def downsample_positives(records, ratio, seed=42):
 
 
 class Example(NamedTuple):
-    """Token ids of one record: prompt x, response y, and the prompt (x, j-), or None if nothing is wrong with y."""
+    """Token ids of one record: prompt x, response y, and the prompt (x, j-), or None if nothing is wrong with y. Of bad
+    responses the record is kept, too."""
     id: str
     prompt: list
     response: list
@@ -681,7 +682,7 @@ def encode(tokenizer, records, prompt_format, max_length, hindsight=False):
         if name in names:                                   # ids of joined files may repeat
             name = f"{name}#{i}"
         names.add(name)
-        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged, r)
+        example = Example(name, prompt, tokenizer.encode_response(r["output"]), judged, r if judged else None)
         if example.size() <= max_length:
             examples.append(example)
         else:

@@ -443,7 +443,7 @@ def test_the_main_job_in_small(tmp_path, monkeypatch, capsys, small_world):
     assert LLaMA.from_pretrained(out) and json.loads((out / "config.json").read_text())["prompt_format"] == "short"
 
 
-@pytest.mark.parametrize("lam, said", [(1.02, "tokens: in brackets, more than"), (1e9, "nothing is flagged: the model")])
+@pytest.mark.parametrize("lam, said", [(1.02, "tokens: in brackets, more than"), (1e9, "nothing is flagged: the")])
 def test_what_is_flagged_in_data_of_ones_own(job, tmp_path, capsys, lam, said):
     """Flags that nobody sees with --data: a model that cannot read the judgments trains on bad responses in silence."""
     train_cut.main(job("cut", tmp_path, "--lam", lam))
