@@ -28,7 +28,8 @@ metrics.jsonl in the run folder has a line for each step:
   log_ratio        mean of log p(y|x, j-) - log p(y|x)
   flagged_loss     unlikelihood of flagged tokens after x; with live detection at most ln(lambda / (lambda - 1))
   unflagged_loss   NLL of the other tokens after x
-results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl (N from 0) what was judged and flagged.
+results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl (N from 0) what was judged and flagged,
+flags-after.jsonl the last round's responses as the trained model reads them.
 """
 import argparse
 import functools
