@@ -679,8 +679,13 @@ def read_answers(path, args):
 
 def compare(args):
     """Win rates of outputs against a baseline's, by any annotator of simulate.py."""
-    args.model, args.out, args.seed = args.model or [newest_run()], args.out or "out/compare", args.seed or 0
-    against = args.against or (read_config(args.model[0], quiet=True)[1].get("run") or {}).get("model")
+    args.model, args.out = args.model or [newest_run()], args.out or "out/compare"
+    run = {}
+    if Path(args.model[0]).is_dir():
+        run = read_config(args.model[0], quiet=True)[1].get("run") or {}
+    if args.seed is None:
+        args.seed = run.get("seed", 0)                      # the world of the first model, for all of them
+    against = args.against or run.get("model")
     if not against:
         raise InputError(f"{args.model[0]} does not say which model it was trained from: give a baseline as --against")
     if Path(against).is_file() and not args.data:

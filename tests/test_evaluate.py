@@ -445,6 +445,7 @@ def test_compare_by_default(home, capsys):
     assert row["name"] == "cut" and row["n_total"] == 12 and row["n_failed"] == row["n_missing"] == 0
     rows = read_json(home / "out" / "compare" / "cut.annotations.json")
     assert {(r["generator_1"], r["generator_2"]) for r in rows} == {("sft", "cut")}
+    assert [r["reference"] for r in rows] == [r["reference"] for r in World(5).instructions("test", 12)]
     text = (home / "out" / "compare" / "cut.outputs.json").read_text()
     for r, a in zip(json.loads(text), rows):                                # a JSON list, as AlpacaEval wants it
         assert (r["generator"], r["output"], r["instruction"]) == ("cut", a["output_2"], a["instruction"])
