@@ -288,7 +288,7 @@ def read_annotations(path):
             raise InputError(f"{path}: record {i}: 'preference' is {preference}, expected a number from 1 to 2, null "
                              "for a failed annotation, or 0 for a tie (older files)")
         name = r.get("generator_2") or r.get("generator") or Path(path).stem
-        models.setdefault(str(name), []).append({**r, "score": (preference or 1.5) - 1})
+        models.setdefault(str(name), []).append({**r, "score": (preference or 1.5) - 1, "difficulty": 0.0})
     return models
 
 
@@ -434,6 +434,8 @@ def add_difficulty(path, models):
     rows, keys = read_csv(path), ("std_delta_len", "instruction_difficulty", "preference")
     with reading(path):
         difficulty = {int(r.get("index", r.get("name"))): float(r["instruction_difficulty"]) for r in rows}
+        if any(len(annotations) != len(difficulty) for annotations in models):
+            raise ValueError(f"it is for {len(difficulty)} instructions in AlpacaEval's order, none missing")
         for i, r in itertools.chain(*map(enumerate, models)):
             r["difficulty"] = difficulty[i]
         return np.array([[float(r[key]) for key in keys] for r in rows if keys[0] in r]).reshape(-1, 3)
@@ -479,9 +481,10 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Learning from feedback</title><style>{style}</style>
 <body><header><h1>Learning from feedback</h1><p>{keys}</p></header>
-<main><section><h2>What the judgment changes</h2><p class="note">Each token of a response is coloured by
+<main><section><h2>What the judgment changes</h2><p class="note">Bad responses, as the model reads
+them before the round and after it. Each token is coloured by
 log p(y | x, j) &minus; log p(y | x): <span class="tokens"><span class="up" style="--r:60%">more likely</span> or
-<span class="down" style="--r:60%">less likely</span></span> after the judgment.
+<span class="down" style="--r:60%">less likely</span></span> with the judgment.
 <span class="flag">Underlined</span> tokens are flagged, <span class="wrong">boxed</span> words are wrong.</p>
 {examples}</section>
 <section><h2>Curves</h2><div class="grid">{curves}</div></section>
@@ -498,7 +501,9 @@ def load_run(folder):
         with reading(folder / "results.json"):
             results = dict(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     if (folder / "metrics.jsonl").is_file():
-        steps = read_json(folder / "metrics.jsonl", empty=True)
+        with reading(folder / "metrics.jsonl"):
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]     # a kill tears the last
+            steps = [json.loads(line) for line in lines]
     rounds = [results.get("sft", {}), *results["rounds"]] if "rounds" in results else []        # round 0: the SFT model
     sources = {"rounds": rounds, "training": steps, "validation": results.get("curve", [])}
     for name, source in itertools.product(CHARTS, sources):
@@ -691,6 +696,8 @@ def compare(args):
     if Path(against).is_file() and not args.data:
         args.data = [against]
     outputs, files, code = [read_answers(path, args) for path in (against, *args.model)], [], 0
+    names = [name for name, _ in outputs]                   # files are named after them
+    outputs = [(f"{name}-{i}" if names.count(name) > 1 else name, answers) for i, (name, answers) in enumerate(outputs)]
     for name, answers in outputs:
         write_outputs(argparse.Namespace(out=f"{args.out}/{name}.outputs.json"), flat(answers.values()), [])
     (baseline, theirs), *models = outputs
@@ -703,7 +710,9 @@ def compare(args):
             raise InputError(f"{name} and {baseline} have no instruction in common")
         labelled, failed, client = compare_pairs(args, pairs)
         files.append(f"{args.out}/{name}.annotations.json")
+        order = {question(r): i for i, r in enumerate(pairs)}              # AlpacaEval's package goes by position
         annotations = labelled + [{**r, "preference": None} for r in failed]
+        annotations.sort(key=lambda r: order[question(r)])
         code |= write_outputs(argparse.Namespace(out=files[-1]), flat(annotations), failed, client)
     if rank() == 0:
         asked = set().union(*[answers for _, answers in outputs])
@@ -724,8 +733,10 @@ def leaderboard(args):
     rows = leaderboard_rows(args.files, args.column, args.difficulty)
     print_leaderboard(rows, args)
     if args.rank_with:
-        theirs = {r["name"]: float(r[args.column]) for r in read_csv(args.rank_with)}
-        table = np.array([(r[args.column], theirs[r["name"]]) for r in rows if r["name"] in theirs])
+        with reading(args.rank_with, "give a leaderboard.csv with this --column"):
+            theirs = {r["name"]: float(r[args.column]) for r in read_csv(args.rank_with) if r[args.column]}
+        ours = {r["name"]: r[args.column] for r in rows if r.get(args.column) is not None}
+        table = np.array([(value, theirs[name]) for name, value in ours.items() if name in theirs])
         if len(table) < 2:
             raise InputError(f"{args.rank_with}: has {len(table)} of these models; ranks need two at least")
         interval = bootstrap(table, rank_correlations)
@@ -761,7 +772,7 @@ def evaluate_annotator(args):
     """Variance and biases of an annotator's preferences; with --labels, agreement with human annotators."""
     records = []
     for path in args.data:
-        records += read_preferences(path, ties=True)
+        records += [r for r in read_preferences(path, ties=True, failed=True) if r["preference"] is not None]
     annotator = labels_by_pair(records)
     print(f"{len(records)} labels of {len(annotator)} pairs")
     print_row("variance", variance(annotator))

@@ -1195,7 +1195,7 @@ class Run:
         with reading(self.path, "start over with --overwrite"):
             saved = read_pickle(self.path)
             if changed := changed_flag(saved["flags"], self.flags):
-                raise InputError(f"{self.path}: {changed}: resume with equal flags")
+                raise InputError(f"{self.path}: {changed}: resume with equal flags, or delete the folder")
             copy_weights(trained_weights(self.model), saved["model"], self.path)
             self.optimizer.load_state_dict(saved["optimizer"])
             self.state = saved["state"]

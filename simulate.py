@@ -7,7 +7,7 @@ Four verbs read and write JSON files:
                               |--prefer (n outputs each)--> preferences ----> train_ppo.py
                               '--prefer --against baseline--> win rate
 
-  python simulate.py --model out/cut-0 --prompt "Say what 15 less 4 is."      one prompt (sample is the default verb)
+  python simulate.py --model out/cut-0 --prompt "Say what color the frog has."      one prompt (default verb: sample)
   python simulate.py sample --model out/sft-0-corrects --data ask.jsonl --outputs 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
   python simulate.py judge --by api --api http://localhost:8000/v1 --api-model NAME --data outputs.jsonl --out j.jsonl
@@ -227,6 +227,8 @@ class Client:
     Ctrl-C waits for none of them. The key is sent to --api only and is removed from every text."""
 
     def __init__(self, args):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("every process would ask, and pay: ask an API without torchrun")
         if not (args.api and args.api_model):
             raise InputError("an API needs --api URL and --api-model NAME, the model's name on that server")
         if not re.match("https?://[^/]", args.api):
@@ -251,7 +253,7 @@ class Client:
         return request
 
     def _hide_key(self, text):
-        return text.replace(self.key, "[key]") if self.key and text else text
+        return text.replace(self.key, "[key]") if len(self.key) > 7 and text else text     # else a word, such as "none"
 
     def cost(self, usage):
         """Dollars; 0 without --price."""
@@ -375,7 +377,7 @@ class Client:
                  "completion_tokens": sum(payload["max_tokens"] for payload in payloads)}
         print0(f"{len(payloads)} calls to send, {self.from_cache} answers in the cache: about "
                f"{usage['prompt_tokens']} prompt tokens, at most {usage['completion_tokens']} completion tokens")
-        cost = f"at most ${self.cost(usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
+        cost = f"about ${self.cost(usage):.2f}" if self.price else "unknown without --price PROMPT COMPLETION"
         print0(f"cost: {cost}")
 
 
@@ -542,7 +544,7 @@ def annotator_prompt(annotator, pairs, model):
 
 def find_labels(text, style):
     """The labels in a reply, in order, 1 or 2 for each line that is one in the form asked for. For `letter`, the text
-    is that of Client._read: 1 + P(second output is better)."""
+    is that of read_choice: 1 + P(second output is better)."""
     if style == "letter":
         logp = json.loads(text)
         preference = preference_from_logprobs(*[logp.get(name, -math.inf) for name in "mM"])
@@ -891,7 +893,8 @@ def write_outputs(args, records, failed, client=None, **counts):
         write_json(f"{args.out}.stats.json", {**stats, "failed_by_reason": reasons})
     shown = [f"{name.replace('_', ' ')}: {value:.6g}" for name, value in [*stats.items(), *reasons.items()] if value]
     print0(f"{args.out}: {', '.join(shown)}" + (f" (see {failed_path})" if failed else ""))
-    return int(bool(failed) and all(record.get("annotator") in UNASKED for record in records))
+    answered = [r for r in records if r.get("annotator") not in UNASKED and r.get("preference", 1) is not None]
+    return int(bool(failed) and not answered)
 
 
 def sample_command(args):
@@ -955,7 +958,8 @@ def refined(record, output):
 def check_references(args, records, kind):
     for i, record in enumerate(records):
         if not isinstance(record.get("reference"), str):
-            raise InputError(f"{args.data}: {kind} {i} has no key 'reference', the right answer that --by {args.by} "
+            path = args.data if isinstance(args.data, str) else "the instructions"
+            raise InputError(f"{path}: {kind} {i} has no key 'reference', the right answer that --by {args.by} "
                              "compares with; use another --by for texts without one")
 
 

@@ -835,7 +835,7 @@ def policy_memory(args):
 def built_in_reward(seed, noise, device=""):
     """The directory of the built-in world's reward model."""
     argv = ["reward", "--seed", str(seed), "--noise", str(noise), "--device", device]
-    return train_sft.make_once(main, argv, parse(argv).out)
+    return train_sft.make_once(main, argv, parse(argv))
 
 
 def check_policy_flags(args):

@@ -146,7 +146,7 @@ def main(argv=None):
 def built_in(seed, judge, device=""):
     """The directory of the built-in world's SFT model, which the other scripts start from."""
     argv = ["--seed", str(seed), "--judge", judge, "--device", device]
-    return make_once(main, argv, parse(argv).out)
+    return make_once(main, argv, parse(argv))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ def check_folder(args):
     flags. --resume in a folder without a save starts from the beginning, so the same command always goes on."""
     unfinished, config = Path(args.out, "resume.pt").is_file(), Path(args.out, "config.json").is_file()
     if args.resume and not unfinished:
-        if config:
+        if config and not args.overwrite:
             raise InputError(f"{args.out} is finished, there is nothing to resume: leave --resume out")
-        print0(f"{args.out}: nothing was saved yet, so the run starts from the beginning")
+        print0(f"{args.out}: nothing of this run was saved yet, so it starts from the beginning")
         args.resume = False
     elif unfinished and not (args.resume or args.overwrite):
         raise InputError(f"{args.out} holds an unfinished run: go on with --resume, or start over with --overwrite")
@@ -185,11 +185,14 @@ def check_folder(args):
             raise InputError(f"{args.out} holds a model of another run ({changed}): give another --out, or --overwrite")
 
 
-def make_once(main, argv, out):
-    """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder."""
-    unfinished = Path(out, "resume.pt").is_file()
+def make_once(main, argv, args):
+    """Runs main(argv) unless its run folder is finished, and resumes it if it was stopped; returns the folder. args:
+    what argv means, for a warning if the folder was made with other flags."""
+    out, unfinished = args.out, Path(args.out, "resume.pt").is_file()
     if Path(out, "config.json").is_file() and not unfinished:
-        print0(f"using {out}, made earlier (delete it to make it again)")
+        now = {name: value for name, value in vars(args).items() if name not in ("model", "reward")}
+        changed = changed_flag(read_config(out, quiet=True)[1].get("run") or {}, now)
+        print0(f"using {out}, made earlier (delete it to make it again)" + f": {changed} by default" * bool(changed))
         return out
     print0(f"first, {out} is made")
     if main([*argv, "--resume"] if unfinished else argv):

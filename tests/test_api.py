@@ -638,7 +638,7 @@ def test_dry_run(tmp_path, capsys, verb, records, more):
     simulate.main(argv)
     assert calls == server.calls and completion == sum(p["max_tokens"] for p in server.payloads)
     assert prompt == sum(len(m["content"]) + 16 for p in server.payloads for m in p["messages"]) // 4
-    assert float(re.search(r"at most \$([\d.]+)", printed)[1]) == pytest.approx(
+    assert float(re.search(r"about \$([\d.]+)", printed)[1]) == pytest.approx(
         (2.5 * prompt + 10 * completion) / 1e3, abs=0.01)
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
@@ -647,6 +647,9 @@ def test_dry_run(tmp_path, capsys, verb, records, more):
     assert f"0 calls to send, {calls} answers in the cache" in printed and "--price" in printed
     with pytest.raises(InputError, match="--price"):
         simulate.main([*argv, "--max-cost", "1"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="every process would ask, and pay"):
+        patch.setenv("WORLD_SIZE", "2")
+        simulate.main(argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -470,6 +470,15 @@ def test_compare_files_with_failures_and_missing_rows(home, monkeypatch):
     assert [rows["cut"][k] for k in keys] == [3, 3, 3, 1, 100]
     failed = [r for r in read_json(home / "to" / "ours.annotations.json") if r["preference"] is None]
     assert [r["instruction"] for r in failed] == ["i3", "i5"] and failed[0]["output_1"] == "base 3"
+    asked = [r["instruction"] for r in read_json(home / "to" / "cut.annotations.json")]
+    assert asked == sorted(asked), "failures in their places, since --difficulty goes by position"
+    (home / "twin").mkdir()
+    write_json(home / "twin" / "ours.json", ours[:2])
+    evaluate.main(["compare", "--model", "ours.json", "twin/ours.json", "--against", "base.json", "--out", "two"])
+    assert {r["name"]: r["n_total"] for r in read_json(home / "two" / "leaderboard.json")} == {"ours-1": 2, "ours-2": 1}
+    monkeypatch.setattr(evaluate, "compare_pairs", lambda args, pairs: (
+        [{**pairs[0], "preference": 1.5, "annotator": "equal texts"}], [{**pairs[1], "reason": "no"}], None))
+    assert evaluate.main(["compare", "--model", "ours.json", "--against", "base.json", "--out", "none"]) == 1
     write_json(home / "else.json", [{"instruction": "z", "output": "y"}])
     with pytest.raises(InputError, match="no instruction in common"):
         evaluate.main(["compare", "--model", "else.json", "--against", "base.json"])

@@ -253,6 +253,8 @@ def test_what_may_be_resumed_and_what_overwritten(job, base, tmp_path):
     refused(r"lm_head.weight was saved with shape \[5, 32\], this model has", "--resume")
     kill(2, "--lr", "2e-3", "--overwrite")                      # a new run, killed before its first save
     assert len(metrics(out)) == 2 and not (out / "resume.pt").exists()
+    train_sft.main([*argv, "--lr", "2e-3", "--overwrite", "--resume"])
+    assert len(metrics(out)) == 8
     refused("is the --model, which the run would overwrite", "--overwrite", "--out", f"{base}/../{base.name}")
 
 
