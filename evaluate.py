@@ -387,6 +387,8 @@ def leaderboard_rows(files, column="win_rate", difficulty=None, asked=()):
     """Annotation files and run folders as rows of a leaderboard, best first; the differences are to the first model."""
     models, rows = {}, []
     for path in map(Path, files):
+        if not path.exists():
+            raise InputError(f"{path}: no such run folder or file of annotations")
         if path.is_dir():
             rows += run_row(path)
             continue

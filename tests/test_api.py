@@ -394,6 +394,9 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd):
     assert len(said) == 6 + 18 and len(files) >= 50 and elsewhere.calls == 0
     for text in (*said, *files, *capfd.readouterr()):
         assert SECRET[:8] not in text and "else" not in text
+    monkeypatch.setenv("OPENAI_API_KEY", "none")                            # what local servers are given: a word
+    done, *_ = run("judge", Server(answer=lambda p: "none of it is right"), OUTPUTS[:1], out / "none", "--by", "api")
+    assert done[0]["judgment"] == "none of it is right"
 
 
 @pytest.mark.slow

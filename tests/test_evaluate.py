@@ -397,6 +397,12 @@ def test_leaderboard_of_files_and_runs(tmp_path, capsys):
     assert (from_run["win_rate"], from_run["standard_error"]) == (60, 5)
     out = capsys.readouterr().out
     assert "Spearman" in out and "2 models by win_rate: -1.000" in out
+    with pytest.raises(InputError, match="nowhere: no such run folder"):
+        evaluate.main(["report", str(tmp_path / "nowhere")])
+    for other in ("leaderboard.csv", "leaderboard.json"):                   # ours: the run has no controlled win rate
+        with pytest.raises(InputError, match=f"{other}: "):
+            evaluate.main(["leaderboard", str(run), "--rank-with", str(tmp_path / other), "--column",
+                           "length_controlled_winrate"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -611,6 +617,8 @@ def test_a_long_run_makes_a_small_report(tmp_path):
     names = ("loss", "reward", "kl", "clip_fraction", "entropy", "grad_norm", "lr", "length")
     write_json_lines(run / "metrics.jsonl", [{"step": i, **{name: math.sin(i + len(name)) for name in names}}
                                              for i in range(10000)])
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 10000, "lo')                                   # what a kill has torn
     start = time.process_time()
     evaluate.main(["report", str(run)])
     assert time.process_time() - start < 3 and (run / "report.html").stat().st_size < 2e6

@@ -532,6 +532,15 @@ def test_default_folders_tell_runs_apart(script, flags, out):
     assert script.parse(flags.split()).out == f"out/{out}"
 
 
+def test_a_model_made_with_other_flags_is_named(base, tmp_path, monkeypatch, capsys):
+    """A trial run of five steps becomes the start of all later ones, without a word."""
+    monkeypatch.chdir(tmp_path)
+    run = vars(train_sft.parse([]))
+    for flags, said in (({}, "make it again)\n"), ({"steps": 5}, "again): --steps was 5, is 2400 by default\n")):
+        LLaMA.from_pretrained(base).save_pretrained("out/sft-0-corrects", extra={"run": {**run, **flags}})
+        assert train_sft.built_in(0, "corrects") == "out/sft-0-corrects" and capsys.readouterr().out.endswith(said)
+
+
 def test_mistyped_stages_name_the_choices(capsys):
     """`unrecognized arguments: pppo`, which does not say what would be recognized."""
     with pytest.raises(SystemExit):
