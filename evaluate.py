@@ -39,13 +39,13 @@ import numpy as np
 import torch
 
 from data import (
-    FORMATS, HelpFormatter, InputError, Tokenizer, World, atomic_write, chunks, collate, count_errors, positive_int,
+    FORMATS, HelpFormatter, InputError, Tokenizer, World, atomic_write, count_errors, positive_int,
     print0, prompt_ids, read_instructions, read_json, read_outputs, read_preferences, read_records, reading, run_main,
     write_json, write_json_lines, wrong_words)
 from model import DTYPES, LLaMA, rank, read_config, setup_device
 from simulate import (
     add_annotator_flags, compare_pairs, conditioned, mean_and_se, model_format, newest_run, question,
-    sample_responses, score_texts, write_outputs)
+    response_logp, sample_responses, score_texts, write_outputs)
 
 MAX_NEW_TOKENS = 32          # the built-in world's longest answer has 16
 
@@ -82,15 +82,6 @@ def win_rate(errors, reference_errors):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Detection: which words did the judgment make more likely, and are they the wrong ones?
-
-
-@torch.no_grad()
-def response_logp(model, rows, device, batch_size=64):
-    """Log-probabilities of responses: rows of (prompt, response), token ids -> a list of (n,), n response tokens."""
-    logp = []
-    for part in chunks(rows, batch_size):
-        logp += model(*collate(part, device)).cpu().split([len(response) for _, response in part])
-    return logp
 
 
 def judged_and_plain_logp(model, examples, device, batch_size=64):

@@ -170,7 +170,7 @@ NO_CREDIT = "insufficient_quota"     # what a 429 says that stands for an accoun
 CHARGED = {*range(200, 300), 504, 524}         # a gateway has given up waiting: the server behind it may charge
 REFUSED = {"prompt_tokens": 0, "completion_tokens": 0}
 MOST_BYTES = 10_000_000              # of an answer
-PATIENCE = 20                        # failed calls, before the first answer, that end a run
+MOST_FAILURES = 20                   # failed calls, before the first answer, that end a run
 PAUSE = 0.25                         # seconds before a call is sent again, doubled each time
 
 
@@ -322,7 +322,7 @@ class Client:
             self.failed[key] = answer
         self.answered |= answer.text is not None
         fatal = answer.reason.startswith(FATAL) or NO_CREDIT in answer.reason
-        hopeless = len(self.failed) >= PATIENCE and not self.answered and not self.from_cache
+        hopeless = len(self.failed) >= MOST_FAILURES and not self.answered and not self.from_cache
         if seconds is None and (fatal or hopeless):
             raise InputError(f"{self.url}: {answer.reason} ({len(self.failed)} calls failed; answers are kept in "
                              f"{self.cache.path})")
