@@ -565,14 +565,30 @@ def sample_token(logits, u, temperature, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
+def read(model, cache, tokens):
+    """Reads T more tokens of every row of the cache: (rows, T) -> hidden (rows, T, D), each of the token after it."""
+    cache.begin(tokens.shape[1])
+    hidden = model.model(tokens, cache)
+    cache.lengths = cache.lengths + tokens.shape[1]
+    return hidden
+
+
+@torch.no_grad()
+def read_logp(model, cache, hidden, tokens):
+    """Log-probabilities of T new tokens in one pass: hidden (rows, D) of the first one, tokens (rows, T) -> (rows, T).
+    As after `decode`, the last one is not in the cache yet."""
+    hidden = torch.cat([hidden.unsqueeze(1), read(model, cache, tokens[:, :-1])], dim=1)       # (rows, T, D)
+    return fused_logp(hidden.flatten(0, 1), model.lm_head.weight, tokens.flatten()).view_as(tokens)
+
+
+@torch.no_grad()
 def prefill(model, prompts, max_new_tokens, n=1):
     """Reads B prompts in one pass -> (cache with n rows for each, hidden (B * n, D) that predicts each first token)."""
     weight = model.lm_head.weight
     tokens, lengths = pad(prompts, weight.device)                           # (B, T), (B,)
     B, T = tokens.shape
     cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype)
-    cache.begin(T)
-    hidden = model.model(tokens, cache)                                     # (B, T, D)
+    hidden = read(model, cache, tokens)                                     # (B, T, D)
     cache.lengths = lengths
     rows = torch.arange(B, device=weight.device)
     hidden = hidden[rows, lengths - 1]                                      # (B, D), at the last real position
@@ -584,11 +600,12 @@ def prefill(model, prompts, max_new_tokens, n=1):
 
 
 @torch.no_grad()
-def decode(model, cache, hidden, u, eos, choose, progress=None):
+def decode(model, cache, hidden, u, eos, choose, progress=None, logp=None):
     """Samples one token after the other until every row has finished (EOS) or u (rows, steps) has no more columns.
 
     choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists. To go
     on with the same cache: cache.rows says which rows it still holds, and the last token of each is not in it yet.
+    `logp`, if given, is a tensor (rows, steps) that takes the log-probabilities of the new ids at temperature 1.
     """
     weight = model.lm_head.weight
     rows, steps = u.shape
@@ -596,8 +613,11 @@ def decode(model, cache, hidden, u, eos, choose, progress=None):
     cache.rows = torch.arange(rows, device=weight.device)                   # the rows still in the batch
     finished = torch.zeros(rows, dtype=torch.bool, device=weight.device)
     for t in range(steps):
-        token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
+        logits = hidden @ weight.T                                          # (rows, V)
+        token = choose(logits, u[cache.rows, t])                            # (rows,)
         out[cache.rows, t] = token                          # what follows a row's first EOS is removed at the end
+        if logp is not None:
+            logp[cache.rows, t] = logits.to(logp.dtype).log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):
@@ -609,23 +629,28 @@ def decode(model, cache, hidden, u, eos, choose, progress=None):
             cache.select(stay)
             if progress:
                 progress(count)
-        cache.begin(1)
-        hidden = model.model(token.unsqueeze(1), cache)[:, -1]              # (rows, D)
-        cache.lengths = cache.lengths + 1
+        hidden = read(model, cache, token.unsqueeze(1))[:, -1]              # (rows, D)
     if progress:
         progress(len(finished))
     ids = out.tolist()
     return [row[:row.index(eos) + 1] if eos in row else row for row in ids]
 
 
+def sample_rows(model, prompts, u, eos, choose, progress=None):
+    """The decoder of plain sampling: u (B * n, steps) -> n independent responses to each prompt, B * n lists of ids."""
+    cache, hidden = prefill(model, prompts, u.shape[1], len(u) // len(prompts))
+    return decode(model, cache, hidden, u, eos, choose, progress)
+
+
 def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k=0, top_p=1.0, seed=0, rows=None,
-             batch_size=512, progress=None):
+             batch_size=512, progress=None, decoder=sample_rows):
     """Samples n continuations of every prompt: lists of ids -> for each prompt, a list of n lists of new ids.
 
     A continuation ends with eos, or is truncated after max_new_tokens. Randomness is one uniform number for each (seed,
     row, position), where row = n * rows[i] + sample and rows (default 0, 1, 2, ...) numbers the prompts. Give each
     rank's prompts their global numbers, and the samples depend neither on the number of ranks nor on the batch size.
-    progress, if given, is called with the number of continuations just finished.
+    progress, if given, is called with the number of continuations just finished. Another decoder takes the place of
+    sample_rows for TreeBoN.
     """
     if rows is None:
         rows = range(len(prompts))
@@ -643,8 +668,7 @@ def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k
         numbers = [n * rows[i] + j for i in batch for j in range(n)]
         u = [np.random.default_rng([seed, number]).random(max_new_tokens) for number in numbers]
         u = torch.from_numpy(np.stack(u)).to(device, dtype)                 # (B * n, max_new_tokens)
-        cache, hidden = prefill(model, [prompts[i] for i in batch], max_new_tokens, n)
-        ids = decode(model, cache, hidden, u, eos, choose, progress)
+        ids = decoder(model, [prompts[i] for i in batch], u, eos, choose, progress)
         for k, i in enumerate(batch):
             samples[i] = ids[k * n:(k + 1) * n]
     return samples

@@ -22,6 +22,7 @@ every call used: a rerun only asks for what is missing). The exit code is 1 if n
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ import os
 import queue
 import random
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -49,7 +51,8 @@ from data import (
     positive_int, print0, prompt_ids, read_instructions, read_judged, read_outputs, read_pairs, run_main, units,
     write_json, write_json_lines)
 from model import (
-    DTYPES, LLaMA, RewardModel, barrier, gather_lists, generate, rank, read_config, setup_device, share)
+    DTYPES, LLaMA, RewardModel, barrier, decode, gather_lists, generate, prefill, rank, read, read_config, read_logp,
+    sample_rows, setup_device, share, world_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def progress_bar(total, label):
 
 
 def sample_responses(model, tokenizer, records, prompt_format, *, max_new_tokens, temperature, seed, n=1,
-                     top_p=1.0, top_k=0, batch_size=512, numbers=None, label="sampling"):
+                     top_p=1.0, top_k=0, batch_size=512, numbers=None, label="sampling", decoder=sample_rows):
     """Samples n responses to every record: a list of n texts each, on all ranks.
 
     `numbers` are the records' numbers in their file (default 0, 1, 2, ...). The random numbers depend on them and
@@ -77,7 +80,7 @@ def sample_responses(model, tokenizer, records, prompt_format, *, max_new_tokens
             responses = generate(
                 model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
                 top_k=top_k, seed=seed, rows=[numbers[i] for i in local], batch_size=batch_size,
-                progress=bar.update)
+                progress=bar.update, decoder=decoder)
     texts = {}
     for i, samples in zip(local, responses):
         texts[i] = [tokenizer.decode_response(ids) for ids in samples]
@@ -159,6 +162,107 @@ def conditioned(directory, records):
     if token is None:
         return records
     return [{**record, "reward_token": token} for record in records]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TreeBoN (arXiv 2410.16033): best-of-n on a tree, which a DPO model prunes while it grows
+
+
+@torch.no_grad()
+def grow_tree(dpo, layers, children, keep, model, prompts, u, eos, choose, progress=None):
+    """The decoder of TreeBoN: the leaves of a tree for each prompt, from which the reward model is to choose.
+
+    Every prompt has n slots. A layer samples steps / layers tokens in each; then the `keep` branches with the highest
+    partial rewards stay, and get `children` slots each: no more tokens than best-of-n samples, which is a tree of one
+    layer. A finished branch that was kept stays for good in its first slot; its other slots are empty.
+
+    model: the sampled policy. dpo: the model that was trained from it by DPO, so that `model` is its reference. u
+    (B * n, steps): the slots' random numbers. Returns B * n lists of ids, empty for an empty slot."""
+    n, steps = len(u) // len(prompts), u.shape[1]
+    cache, hidden = prefill(model, prompts, steps, n)
+    dpo_cache, dpo_hidden = prefill(dpo, prompts, steps, n)
+    slots = list(range(len(u)))                                           # of the branches that grow
+    ids, scores = {slot: [] for slot in slots}, dict.fromkeys(slots, 0.0)           # of all branches
+    ends = [steps * (layer + 1) // layers for layer in range(layers)]
+    for begin, end in zip([0, *ends], ends):
+        logp = u.new_zeros(len(slots), end - begin)
+        segments = decode(model, cache, hidden, u[slots, begin:end], eos, choose, logp=logp)
+        for slot, segment in zip(slots, segments):
+            ids[slot] = ids[slot] + segment
+        if end == steps:
+            break
+        rewards = partial_rewards(dpo, dpo_cache, dpo_hidden, segments, logp, begin)
+        for slot, reward in zip(slots, rewards):
+            scores[slot] += reward
+
+        parents = prune(ids, scores, n, children, keep, eos)
+        growing = [slot for slot, parent in parents.items() if ids[parent][-1] != eos]
+        rows = [slots.index(parents[slot]) for slot in growing]           # of their parents in this layer
+        ids = {slot: ids[parent] for slot, parent in parents.items()}
+        scores = {slot: scores[parent] if slot in growing else math.inf for slot, parent in parents.items()}
+        slots = growing
+        if not slots:
+            break
+        last = torch.tensor([ids[slot][-1:] for slot in slots], device=u.device)
+        in_cache = cache.rows.tolist()                                    # decode removes finished rows
+        hidden = branch_out(model, cache, [in_cache.index(row) for row in rows], last)
+        dpo_hidden = branch_out(dpo, dpo_cache, rows, last)
+    if progress:
+        progress(len(u))
+    return [ids.get(slot, []) for slot in range(len(u))]
+
+
+def partial_rewards(dpo, cache, hidden, segments, logp, begin):
+    """DPO's implicit reward of each row's new tokens: the sum over k of log(p_dpo(y_k) / p(y_k)) / (k + 1), where k
+    counts from the start of the response. (beta changes no ranking.) logp (rows, steps): log p(y_k)."""
+    tokens, lengths = pad(segments, hidden.device)                        # (rows, T), (rows,)
+    k = torch.arange(tokens.shape[1], device=hidden.device)
+    ratio = read_logp(dpo, cache, hidden, tokens) - logp[:, :len(k)]      # (rows, T)
+    ratio = ratio * (k < lengths.unsqueeze(1))                            # not the padding after EOS
+    return (ratio / (begin + k + 1)).sum(dim=1).tolist()
+
+
+def prune(ids, scores, n, children, keep, eos):
+    """Keeps the best branches of each prompt, in their order: {slot in the next layer: the parent's slot in this one}.
+    ids, scores: of the branches by slot; slots n * i ... n * i + n - 1 are those of prompt i."""
+    parents = {}
+    for first in range(0, max(ids) + 1, n):
+        slots = [slot for slot in range(first, first + n) if slot in ids]
+        # Rounded: equal branches may differ in the last digits. Of equals the first stay.
+        best = sorted(slots, key=lambda slot: -round(scores[slot], 4))[:keep]
+        for place, parent in enumerate(sorted(best)):
+            count = 1 if ids[parent][-1] == eos else children
+            for child in range(count):
+                parents[first + place * children + child] = parent
+    return parents
+
+
+def branch_out(model, cache, rows, last):
+    """Gives every child a copy of its parent's row and reads the parent's last token (rows, 1) -> hidden (rows, D),
+    which predicts the child's first token."""
+    cache.select(rows)
+    return read(model, cache, last)[:, -1]
+
+
+def tree_decoder(args, model, device):
+    """grow_tree with --dpo and the shape of --tree."""
+    dpo = LLaMA.from_pretrained(args.dpo, DTYPES[args.dtype], device)
+    if dpo.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"--dpo {args.dpo}: its vocabulary is not that of --model {args.model}: give a model that was "
+                         "trained from it by DPO")
+    return functools.partial(grow_tree, dpo, *args.tree)
+
+
+def make_built_in(args):
+    """Makes those of the built-in world's models that are not there. train_ppo.py does it, in a process of its own
+    because it imports this file."""
+    for stage in ("dpo", "reward"):
+        directory, flags = f"out/{stage}-{args.seed}", [stage, "--seed", str(args.seed)]
+        if directory in (args.dpo, args.reward) and not Path(directory, "config.json").is_file():
+            print0(f"first, {directory} is made")
+            script = Path(__file__).with_name("train_ppo.py")
+            if world_size() > 1 or subprocess.run([sys.executable, script, *flags, "--resume"]).returncode:
+                raise InputError(f"{directory} is not there: make it with python train_ppo.py {' '.join(flags)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -858,15 +962,18 @@ def model_completions(args, prompts, n, system):
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed, "n": n,
                "top_p": args.top_p, "top_k": args.top_k}
     # A key is everything that decides the samples: weights, options, the prompt and its number.
-    files = sorted(Path(args.model).glob("*model*"))
+    files, tree = sorted(Path(args.model).glob("*model*")), getattr(args, "tree", None)
+    if tree:
+        files += sorted(Path(args.dpo).glob("*model*"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    keys = [Cache.key(weights, prompt_format, options, i, question(record)) for i, record in enumerate(records)]
+    keys = [Cache.key(weights, prompt_format, options, tree, i, question(record)) for i, record in enumerate(records)]
     cache = Cache(args)
     cache.append()
     todo = [i for i, key in enumerate(keys) if key not in cache.answers]
     barrier()                                                             # every rank has read the cache
     if todo:
         model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
+        options["decoder"] = tree_decoder(args, model, device) if tree else sample_rows
     with progress_bar(n * len(todo), args.verb) as bar:
         for part in chunks(todo, max(1, 4 * args.batch_size // n)):
             texts = sample_responses(model, tokenizer, [records[i] for i in part], prompt_format, numbers=part,
@@ -898,12 +1005,14 @@ def write_outputs(args, records, failed, client=None, **counts):
 
 
 def sample_command(args):
+    if args.tree:
+        make_built_in(args)
     records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     samples, failed, client = get_completions(args, records, args.best_of or args.outputs)
     generator = args.api_model if args.by == "api" else args.model
     if args.best_of:
         samples = keep_best(args, samples)
-        generator += f", best of {args.best_of}"
+        generator += f", best of {args.best_of}" + f" on the tree {args.tree}" * bool(args.tree)
     if args.prompt:
         for _, texts in samples:
             print0("\n".join(texts))
@@ -1090,6 +1199,11 @@ def parse(argv):
     sample.add_argument("--outputs", type=positive_int, default=1, help="outputs for each instruction")
     sample.add_argument("--best-of", type=positive_int, help="sample this many and keep the best by --reward")
     sample.add_argument("--reward", help="directory of the reward model that says which is best")
+    sample.add_argument("--tree", type=positive_int, nargs=2, metavar=("LAYERS", "CHILDREN"),
+                        help="TreeBoN: best-of-n on a tree, which --dpo prunes (--best-of: 16). Without --model: the "
+                        "built-in world's models, made if they are not there")
+    sample.add_argument("--keep", type=positive_int, help="branches kept by a layer (default: --best-of / CHILDREN)")
+    sample.add_argument("--dpo", help="directory of a model that was trained from --model by DPO")
 
     judge.add_argument("--by", choices=("reference", "points", "api", "model"), default="reference", help="who judges")
 
@@ -1125,6 +1239,10 @@ def check_args(args):
         args.by = None
         if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
             raise InputError("give either --prompt TEXT, or --data FILE and --out FILE")
+        if args.tree:
+            check_tree(args)
+        elif args.dpo or args.keep:
+            raise InputError("--dpo and --keep prune a tree: give --tree LAYERS CHILDREN, too")
         if bool(args.best_of) != bool(args.reward):
             raise InputError("--best-of N and --reward DIR, the reward model that chooses, belong together")
     if args.out and Path(args.out).is_dir():
@@ -1134,6 +1252,22 @@ def check_args(args):
     if args.verb != "prefer" and args.temperature is None:
         args.temperature = 1.0 if args.verb == "sample" and args.best_of else 0.7
     return args
+
+
+def check_tree(args):
+    """Fills in the defaults of --tree's other flags: without --model the built-in world's models."""
+    args.best_of = args.best_of or 16
+    if not (args.model or args.api):
+        args.model, args.dpo = f"out/sft-{args.seed}-corrects", args.dpo or f"out/dpo-{args.seed}"
+        args.reward = args.reward or f"out/reward-{args.seed}"
+        args.max_new_tokens = min(16, args.max_new_tokens)                # its longest answer
+    if args.api or not args.dpo:
+        raise InputError("--tree needs --model DIR, not --api, and --dpo DIR, a model that was trained from it by DPO")
+    layers, children = args.tree
+    keep = args.keep or max(1, args.best_of // children)
+    if keep * children > args.best_of:
+        raise InputError(f"--tree: {keep} branches with {children} children are more than --best-of {args.best_of}")
+    args.tree = [layers, children, keep]
 
 
 def main(argv=None):
