@@ -5,7 +5,7 @@ token of a response.
 
   NLL          -log p(y_t)                                             train_sft.py
   CUT          NLL, or unlikelihood -log(1 - p(y_t)) where flagged     train_cut.py
-  reward, DPO  -log sigmoid(reward of chosen - reward of rejected)     train_ppo.py
+  reward, DPO  -log sigmoid(reward of chosen - reward of rejected)     train_ppo.py (RLP-UML adds a term)
   PPO          clipped ratio exp(logp - old_logp) times advantage      train_ppo.py
   Quark        NLL + KL penalty - entropy bonus                        train_ppo.py
 
@@ -179,6 +179,28 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """DPO (Eq. 7) of each pair: the Bradley-Terry loss of implicit rewards. All (B,) -> (B,). It starts at ln 2."""
     margin = implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)
     return F.softplus(-margin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RLP-UML (arXiv 2403.19279): reward loss + lambda L_M, where L_M = -I(z_1; z_2) + SKL(p(z|v_1) || p(z|v_2)). The views
+# v_1 and v_2 are two responses to one instruction; the code z of a view is drawn from Normal(mean, std^2)
+
+
+def mutual_information(together, apart):
+    """Jensen-Shannon estimate of mutual information (arXiv 1808.06670, Eq. 4): -softplus(-T) - softplus(T').
+
+    T (B,): a critic's scores of two codes of one instruction, T' (B,): of codes of different ones -> (B,), whose mean
+    is the estimate. At most 0; -2 ln 2 at T = T' = 0. It is a training signal, not a number of nats.
+    """
+    return -F.softplus(-together) - F.softplus(apart)
+
+
+def symmetric_kl(mean_1, std_1, mean_2, std_2):
+    """Mean of KL(p_1 || p_2) and KL(p_2 || p_1) of diagonal Gaussians: all (B, Z) -> (B,), sums over dimensions of
+    [s_1^2 / s_2^2 + s_2^2 / s_1^2 - 2 + (m_1 - m_2)^2 (1 / s_1^2 + 1 / s_2^2)] / 4."""
+    spread = (std_1 / std_2 - std_2 / std_1) ** 2                          # as a square, rounding leaves it >= 0
+    shift = (mean_1 - mean_2) ** 2 * (std_1 ** -2 + std_2 ** -2)
+    return (spread + shift).sum(-1) / 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

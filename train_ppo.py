@@ -1,10 +1,12 @@
-"""Learning from preferences: pairs -> reward model -> policy (AlpacaFarm's methods). Four stages; ppo is the default:
+"""Learning from preferences: pairs -> reward model -> policy (AlpacaFarm's methods, RLP). ppo is the default:
 
   python train_ppo.py                                    reward (if it is not there), then ppo, in the built-in world
   python train_ppo.py reward --model DIR --data pairs.json                     pairs -> reward model
   python train_ppo.py dpo --model DIR --data pairs.json                        pairs -> policy, without a reward model
   python train_ppo.py ppo --model DIR --reward DIR --data instructions.json    reward model -> policy, by PPO
   python train_ppo.py quark --model DIR --reward DIR --data instructions.json  reward model -> policy, by Quark
+  python train_ppo.py uml --model DIR --data pairs.json --samples FILE         pairs, PPO's responses -> reward model
+  python train_ppo.py spg --model DIR --data pairs.json --samples FILE --reward DIR --judge --model DIR    the same
   torchrun --nproc_per_node 8 train_ppo.py ppo --model DIR --reward DIR --data FILE     any of them on eight GPUs
 
 There are two loops. `train_pairs` fits rewards to preferences: those of a scalar head, or DPO's implicit rewards.
@@ -21,6 +23,7 @@ are scored as they were sampled, EOS included, at the sampling temperature.
 
 metrics.jsonl of reward and dpo: loss (dpo: ln 2 at step 0, or policy and reference differ), accuracy of the batch,
 margin (mean reward of chosen - rejected), chosen_reward (dpo: below 0 means that chosen responses get less likely too).
+Of uml also information (-1.386: the critic tells nothing apart; 0: all) and kl; 0 beside -1.386, its codes collapsed.
 metrics.jsonl of ppo (quark: reward, finished, length, nll; its kl and entropy are exact, and per token):
   reward              mean score of the rollouts. Rises; if gold in results.json falls meanwhile, it is over-optimized
   kl, kl_k1, kl_k3    KL(policy || reference) of a response: the penalized estimate, and two unbiased ones. 0 at step 0,
@@ -37,10 +40,13 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
+import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +58,9 @@ import train_sft
 from data import (
     IGNORE, Batches, HelpFormatter, InputError, Tokenizer, World, atomic_write, chosen_and_rejected, chunks,
     collate, count_errors, fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids,
-    read_instructions, read_preferences, reading, run_main, write_json, write_json_lines)
+    read_instructions, read_pairs, read_preferences, reading, run_main, units, write_json, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
+from losses import mutual_information, symmetric_kl
 from losses import (
     explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
     ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
@@ -62,7 +69,8 @@ from model import (
     generate, load_adapter, lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, on_meta, peak_memory,
     rank, read_config, read_pickle, share, trained_weights, world_size)
 from simulate import (
-    built_in_preferences, mean_and_se, reward_scores, sample_responses, score_texts)
+    built_in_preferences, get_completions, mean_and_se, reward_scores, sample_responses, score_texts)
+from simulate import parse as parse_simulate
 
 # Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's, with its learning rates of full
 # fine-tuning; LoRA needs about 10x these. Of its 390 steps of PPO it used 20 to 80.
@@ -70,6 +78,13 @@ PAIRS = {
     "format": ("alpaca", "short"),
     "max_length": (512, 256),
     "save_every": (100, 100),
+}
+REWARD = {
+    **PAIRS,
+    "batch_size": (16, 128),
+    "micro_batch_size": (2, 64),
+    "lr": (3e-6, 1e-3),
+    "epochs": (1.0, 6.0),
 }
 ROLLOUTS = {
     "format": ("alpaca", "short"),
@@ -82,13 +97,9 @@ ROLLOUTS = {
     "save_every": (10, 10),
 }
 DEFAULTS = {
-    "reward": {
-        **PAIRS,
-        "batch_size": (16, 128),
-        "micro_batch_size": (2, 64),
-        "lr": (3e-6, 1e-3),
-        "epochs": (1.0, 6.0),
-    },
+    "reward": REWARD,
+    "uml": REWARD,
+    "spg": REWARD,
     "dpo": {
         **PAIRS,
         "batch_size": (64, 32),
@@ -170,6 +181,8 @@ def load_policy(args, device):
 # stage: (the model that is trained, its rewards, the length by which pairs are sorted into batches)
 PAIR_METHODS = {
     "reward": (load_reward_model, head_rewards, Pair.response_tokens),
+    "uml": (load_reward_model, head_rewards, Pair.response_tokens),              # and view_loss
+    "spg": (load_reward_model, head_rewards, Pair.response_tokens),              # and synthetic_pairs
     "dpo": (load_policy, implicit_rewards, Pair.size),
 }
 
@@ -184,15 +197,18 @@ def train_pairs(args, device):
     config, _ = read_config(args.model, quiet=True)
     longest = max(p.size() for p in train)
     rows = min(args.micro_batch_size, args.batch_size // world_size())
-    train_sft.estimate_memory(config, 2 * rows * longest, args, device)
+    train_sft.estimate_memory(config, (5 if args.stage == "uml" else 2) * rows * longest, args, device)
 
     model = load_model(args, device)
     train_sft.prepare(model, args, device)
     if args.stage == "dpo":                                      # before the weights of a resumed run are loaded
         train = add_reference(model, train, args, device)
         held_out = add_reference(model, held_out, args, device)
-    run = train_sft.start_run(model, make_optimizer(model), args)
-    wrapped = distribute(model)
+    trained, more_loss = model, lambda *_: (0.0, {})             # no second term, nothing to log of it
+    if args.stage == "uml" and args.lam:
+        trained, more_loss = RewardAndViews(model), view_loss(tokenizer, args, device)
+    run = train_sft.start_run(trained, make_optimizer(trained), args)
+    wrapped = distribute(trained)
 
     for step in run.steps(steps, args.stage):
         batch = batches(step)                                    # the whole step's pairs, on every rank
@@ -202,13 +218,14 @@ def train_pairs(args, device):
         for i, part in enumerate(micro):
             wrapped.require_backward_grad_sync = i == len(micro) - 1
             chosen, rejected = rewards_of(wrapped, [train[j] for j in part], args, device)        # (b,), (b,)
-            loss = reward_loss(chosen, rejected) * len(part) / len(batch)
+            more, terms = more_loss(wrapped, [step * args.batch_size + batch.index(j) for j in part])
+            loss = (reward_loss(chosen, rejected) * len(part) + more) / len(batch)
             loss = loss * bool(local)                             # a rank without a pair takes part with weight 0
             (loss * world_size()).backward()                     # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
             if local:
                 margin = chosen - rejected
-                run.add(accuracy=(margin > 0).sum(), margin=margin.sum(), chosen_reward=chosen.sum())
+                run.add(accuracy=(margin > 0).sum(), margin=margin.sum(), chosen_reward=chosen.sum(), **terms)
 
         lr = lr_at(step, args.lr, warmup, steps)
         loss, norm = run.update(loss_sum, lr, batch)
@@ -280,12 +297,13 @@ def load_pairs(args, device):
     records = read_preferences(path)
     # AlpacaFarm's split: a permutation with seed 42, of which the last pairs are held out.
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(42)).tolist()
+    count = args.held_out or min(500, max(1, len(records) // 10))
+    synthetic = synthetic_pairs(args, device) if args.stage == "spg" else []
     pairs = []
-    for r in (records[i] for i in order):
+    for r in [*synthetic, *(records[i] for i in order)]:
         prompt = prompt_ids(tokenizer, r, args.format)
         chosen, rejected = map(tokenizer.encode_response, chosen_and_rejected(r))
         pairs.append(Pair(r, prompt, chosen, rejected))
-    count = args.held_out or min(500, max(1, len(pairs) // 10))
     train = [p for p in pairs[:-count] if p.size() <= args.max_length]
     held_out = [p for p in pairs[-count:] if p.size() <= args.max_length]
     if too_long := len(pairs) - len(train) - len(held_out):
@@ -294,6 +312,153 @@ def load_pairs(args, device):
         raise InputError(f"{path}: of {len(pairs)} pairs {len(train)} are left to train on and {len(held_out)} to hold "
                          f"out: raise --max-length {args.max_length}, or give --held-out {max(1, len(pairs) // 10)}")
     return tokenizer, train, held_out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RLP (arXiv 2403.19279): PPO leaves the responses that its reward model has learnt to compare. So a second reward model
+# also learns from n responses of that policy to each instruction, as views (UML) or as pairs (SPG); then PPO, from SFT
+
+
+def policy_samples(args, device):
+    """Records whose `output` lists a policy's responses: those of --samples; in the built-in world, ten of PPO's policy
+    to each instruction, made once."""
+    path = Path(args.samples or f"out/world-{args.seed}/samples-{args.noise}.jsonl")
+    if not (args.samples or path.is_file()):
+        policy = built_in_stage("ppo", args.seed, args.noise, args.device)
+        records = World(args.seed).instructions("train", 10000, "unlabeled")
+        texts = sample_responses(
+            LLaMA.from_pretrained(policy, device=device), Tokenizer.from_pretrained(policy), records, args.format,
+            max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=args.seed, n=10)
+        if rank() == 0:
+            write_json_lines(path, [{**r, "output": outputs} for r, outputs in zip(records, texts)])
+        barrier()                                                # wait for rank 0 to write
+        torch.manual_seed(args.seed)                             # PPO has drawn random numbers
+    records = read_pairs(path)
+    if missing := [i for i, r in enumerate(records) if not r.get("output")]:
+        raise InputError(f"{path}: record {missing[0]} has no 'output', the policy's responses as a list: simulate.py "
+                         "sample --outputs 10 writes such a file")
+    return records
+
+
+CODE = 64            # dimensions Z of a view's code; the paper does not say
+
+
+def view_loss(tokenizer, args, device):
+    """The second term of RLP-UML: lambda L_M (losses.py), summed over as many instructions as there are pairs. Each has
+    a number in the run that decides all that is drawn, whatever the micro-batch or the rank."""
+    samples, records = [], policy_samples(args, device)
+    for r in records:
+        prompt = prompt_ids(tokenizer, r, args.format)
+        rows = [prompt + tokenizer.encode_response(text) for text in r["output"]]
+        rows = [row for row in rows if len(row) <= args.max_length]
+        samples += [rows] if len(rows) > 1 else []
+    print0(f"{len(samples)} of {len(records)} instructions have two responses that fit in --max-length")
+    if len(samples) < 2:
+        raise InputError(f"{args.samples}: that is too few for views and others: raise --max-length or sample more")
+
+    def more_loss(wrapped, numbers):
+        rows, noise = zip(*[draw_views(samples, f"views {args.seed} {number}") for number in numbers])
+        information, kl = wrapped(*pad(sum(rows, []), device), torch.stack(noise).to(device))        # (k,), (k,)
+        return args.lam * (kl - information).sum(), {"information": information.sum(), "kl": kl.sum()}
+    return more_loss
+
+
+def draw_views(samples, seed):
+    """Two responses to one instruction and a response to another, 3 rows of ids; the noise of their codes, (3, Z)."""
+    rng = random.Random(seed)
+    one, other = rng.sample(samples, 2)
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    return [*rng.sample(one, 2), rng.choice(other)], torch.randn(3, CODE, generator=generator)
+
+
+class RewardAndViews(nn.Module):
+    """What RLP-UML trains: the reward model; MLPs that read a code's mean and standard deviation where the head reads
+    the reward; the critic of two codes. Only the reward model is saved."""
+
+    def __init__(self, reward):
+        super().__init__()
+        self.reward, D, mlps = reward, reward.config.hidden_size, []
+        for inputs, outputs in ((D, CODE), (D, CODE), (2 * CODE, 1)):
+            layers = nn.Linear(inputs, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, outputs)
+            mlps.append(nn.Sequential(*layers).to(reward.score.weight))
+        self.mean, self.std, self.critic = mlps
+
+    def forward(self, tokens, lengths, noise=None):
+        """As RewardModel.forward. With noise (k, 3, Z), rows are those of draw_views: I (k,), SKL (k,)."""
+        if noise is None:
+            return self.reward(tokens, lengths)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        hidden = self.reward.model(tokens)[rows, lengths - 1].to(self.reward.score.weight.dtype)
+        hidden = hidden.unflatten(0, (-1, 3))                    # (k, 3, D)
+        mean, std = self.mean(hidden), nn.functional.softplus(self.std(hidden)) + 1e-3    # so that KL stays finite
+        z = mean + std * noise
+        together, apart = (self.critic(z[:, [0, i]].flatten(1)).squeeze(1) for i in (1, 2))
+        return mutual_information(together, apart), symmetric_kl(mean[:, 0], std[:, 0], mean[:, 1], std[:, 1])
+
+
+def synthetic_pairs(args, device):
+    """RLP-SPG's pairs: where enough responses of the policy agree, the best of those is preferred to another one."""
+    records, asked, pairs = policy_samples(args, device), [], []
+    texts = [sorted(set(r["output"])) for r in records]
+    for r, distinct in zip(records, texts):
+        asked += [(r, *two) for two in itertools.combinations(distinct, 2)]
+    scores = score_texts(args.reward, records, texts, args.format, args.dtype, device, args.micro_batch_size)
+    answers = same_meaning(asked, args)
+    unclear, answers = answers.count(None), iter(answers)
+    for r, distinct, rewards in zip(records, texts, scores):
+        same = dict(zip(itertools.combinations(distinct, 2), answers))
+        if None not in same.values():
+            pairs += select_pair(r, clusters(distinct, same), dict(zip(distinct, rewards)), args)
+    if rank() == 0:
+        write_json_lines(Path(args.out, "synthetic.jsonl"), pairs)
+    print0(f"{len(pairs)} synthetic pairs of {len(records)} instructions, in {args.out}/synthetic.jsonl; {unclear} of "
+           f"{len(asked)} comparisons had no clear answer and left their instructions out")
+    return pairs
+
+
+SAME_MEANING = ("Question:\n{instruction}\n\nAnswer A:\n{output}\n\nAnswer B:\n{judgment}\n\n"
+                "Do both answers say the same, be it in other words? Reply with one word, yes or no.")
+
+
+def same_meaning(asked, args):
+    """Whether two responses mean the same: [(record, text, text)] -> [bool, or None without a clear answer].
+
+    Without --judge: if they have the same words in any order, in the built-in world the same facts. A judge is asked
+    once for both directions. (A departure: the paper has DeBERTa predict entailment in each.)"""
+    if not args.judge:
+        return [set(units(a)) == set(units(b)) for _, a, b in asked]
+    judge = parse_simulate(["refine", "--data", "-", "--out", f"{args.out}/judge", "--temperature", "0", *args.judge])
+    questions = [{**r, "output": a, "judgment": b, "number": i} for i, (r, a, b) in enumerate(asked)]
+    alone = judge.by == "api"                                    # one rank asks, and pays
+    done = [] if alone and rank() else get_completions(judge, questions, template=SAME_MEANING)[0]
+    answers = [None] * len(asked)
+    for r, (reply,) in gather_lists(done) if alone else done:
+        answers[r["number"]] = {"yes": True, "no": False}.get(units(reply.lower())[0])
+    return answers
+
+
+def clusters(texts, same):
+    """Groups texts by meaning -> {text: first text of its group}. Greedy: a text joins the first group whose first text
+    means the same. same: {(text, later text): bool}, which need not be transitive."""
+    first = {}
+    for text in texts:
+        groups = [a for a in first if first[a] == a and same[a, text]]
+        first[text] = groups[0] if groups else text
+    return first
+
+
+def select_pair(record, first, score, args):
+    """RLP-SPG's pair of an instruction, in a list: of the largest group (of equals, the first in the alphabet) the text
+    with the best score, and a random response outside. [] if less than --gamma of the responses agree, or all do."""
+    texts = sorted(record["output"])
+    largest, size = Counter(first[text] for text in texts).most_common(1)[0]
+    outside = [text for text in texts if first[text] != largest]
+    confidence = size / len(texts)
+    if confidence < args.gamma or not outside:
+        return []
+    chosen = max((text for text in first if first[text] == largest), key=score.get)
+    rejected = random.Random(f"rejected {args.seed} {record['instruction']}").choice(outside)
+    return [{**record, "output_1": chosen, "output_2": rejected, "preference": 1, "confidence": confidence}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -832,16 +997,17 @@ def policy_memory(args):
 # Set-up
 
 
-def built_in_reward(seed, noise, device=""):
-    """The directory of the built-in world's reward model."""
-    argv = ["reward", "--seed", str(seed), "--noise", str(noise), "--device", device]
+def built_in_stage(stage, seed, noise, device=""):
+    """The directory of the model that a stage makes in the built-in world."""
+    argv = [stage, "--seed", str(seed), "--noise", str(noise), "--device", device]
     return train_sft.make_once(main, argv, parse(argv))
+
+
+built_in_reward = functools.partial(built_in_stage, "reward")
 
 
 def check_policy_flags(args):
     """Flags that contradict each other; InputError says which."""
-    if not args.reward:
-        raise InputError("--data needs --reward, the directory of a reward model")
     if bool(args.validation) != bool(args.gold_reward):
         raise InputError("--validation FILE and --gold-reward DIR, the reward model that chooses, belong together")
     if args.validation and not args.data:
@@ -872,9 +1038,12 @@ def main(argv=None):
     device = train_sft.set_up(args)
     if not args.data:
         args.model = args.model or train_sft.built_in(args.seed, "corrects", args.device)
-        if args.stage in POLICY_METHODS:
+        if "reward" in args:
             args.reward = args.reward or built_in_reward(args.seed, args.noise, args.device)
         torch.manual_seed(args.seed)                             # training these has drawn random numbers
+    for name in ("reward", "samples"):
+        if args.data and getattr(args, name, None) == "":
+            raise InputError(f"--data needs --{name}: --help says what that is")
     if args.stage in PAIR_METHODS:
         return train_pairs(args, device)
     return train_policy(args, device)
@@ -886,6 +1055,17 @@ def add_pair_flags(p):
     p.add_argument("--steps", type=positive_int, help="optimizer steps (default: from --epochs)")
     p.add_argument("--epochs", type=in_range(float, 1e-6), help="passes over the pairs, if --steps is not given")
     p.add_argument("--warmup", type=fraction, default=0.03, help="fraction of the steps; then cosine decay")
+
+
+def add_rlp_flags(uml, spg):
+    for p in (uml, spg):
+        p.add_argument("--samples", default="", help="responses of the policy that PPO has trained, as simulate.py "
+                       "sample --outputs 10 --temperature 1 writes them (default: the built-in world's)")
+    uml.add_argument("--lam", type=nonnegative_float, default=0.5, help="weight of L_M, see losses.py")
+    spg.add_argument("--reward", default="", help="reward model that finds the best of the responses that agree")
+    spg.add_argument("--gamma", type=nonnegative_float, default=0.5, help="fraction of the responses that must agree")
+    spg.add_argument("--judge", nargs=argparse.REMAINDER, default=[], help="who says what agrees, by flags of "
+                     "simulate.py judge: --model DIR, or --api URL --api-model NAME; goes last (default: equal words)")
 
 
 def add_rollout_flags(p):
@@ -942,6 +1122,7 @@ def parse(argv):
     parsers["dpo"].add_argument("--beta", type=nonnegative_float, default=0.1, help="rewards per nat of log-ratio")
     add_ppo_flags(parsers["ppo"])
     add_quark_flags(parsers["quark"])
+    add_rlp_flags(parsers["uml"], parsers["spg"])
 
     args = p.parse_args(argv)
     train_sft.fill_defaults(args, DEFAULTS[args.stage])
