@@ -355,11 +355,20 @@ _JUDGED = ("Below is an instruction that describes a task. Write a response to t
            "match the corresponding judgment.\n\n### Instruction:\n{instruction}\n\n### Judgment:\n{judgment}"
            "\n\n### Response:")
 
+# SDPO's teacher. Not CUT's prompt: that one asks for the response that the judgment describes, this one for a better.
+_ADVICE = ("Below is an instruction that describes a task, with advice from a review of a weaker attempt at it."
+           "\n\n### Instruction:\n{instruction}\n\n### Advice:\n{judgment}\n\nWrite the best possible response to the "
+           "instruction, without the faults that the advice names.\n\n### Response:")
+
+ADVICE = "-advice"     # the format's name ends in this where its judged prompt is advice
 FORMATS = {
     # name: (plain, with input (None: the input follows the instruction on a new line), with judgment)
     "cut": (_ALPACA + "\n", None, _JUDGED + "\n"),
     "alpaca": (_ALPACA, _ALPACA_INPUT, _JUDGED),                            # AlpacaFarm: no newline at the end
     "short": ("{instruction}\n", None, "{instruction}\nJudgment: {judgment}\n"),        # the built-in world
+    "cut-advice": (_ALPACA + "\n", None, _ADVICE + "\n"),
+    "alpaca-advice": (_ALPACA, _ALPACA_INPUT, _ADVICE),
+    "short-advice": ("{instruction}\n", None, "{instruction}\nAdvice: {judgment}\n"),
 }
 
 # The prompt of a judge, an API model or one of ours (after CUT's, in our words).
@@ -907,10 +916,11 @@ class World:
             words[i] = rng.choice([value for value in values if value != words[i]])
         return join(words)
 
-    def demonstrations(self, count, judge, stream="sft"):
+    def demonstrations(self, count, judge, stream="sft", advice=False):
         """SFT data: careless demonstrations and, for each, a corrupted copy with the judgment that compares it with the
         *demonstration* (so that no truth leaks), which teaches the model to read judgments. One copy in ten is left as
-        it is and called correct. judge: one of JUDGES, a function of (response, reference)."""
+        it is and called correct. judge: one of JUDGES, a function of (response, reference). With advice, the judgment
+        goes with the demonstration, not the copy: what SDPO's teacher is asked for."""
         rng = random.Random(f"demonstrations {self.seed} {stream}")
         pool = self.instructions("train", min(count, 8000), stream)
         records = []
@@ -921,7 +931,7 @@ class World:
             records.append({"id": f"demo-{i}", **shown, "output": output, "judgment": None})
             copy = output if rng.random() < 0.1 else self.corrupt(asked, output, rng)
             judgment = judge(copy, output) or "All of it is right."
-            records.append({"id": f"judged-{i}", **shown, "output": copy, "judgment": judgment})
+            records.append({"id": f"judged-{i}", **shown, "output": output if advice else copy, "judgment": judgment})
         return records
 
 

@@ -5,6 +5,7 @@ token of a response.
 
   NLL          -log p(y_t)                                             train_sft.py
   CUT          NLL, or unlikelihood -log(1 - p(y_t)) where flagged     train_cut.py
+  SDPO         divergence from the model that has read the feedback    train_cut.py
   reward, DPO  -log sigmoid(reward of chosen - reward of rejected)     train_ppo.py (RLP-UML adds a term)
   PPO          clipped ratio exp(logp - old_logp) times advantage      train_ppo.py
   Quark        NLL + KL penalty - entropy bonus                        train_ppo.py
@@ -27,8 +28,12 @@ def plain_logp(logits, targets):
     This is the definition; the fused head at the end of the file is tested against it. log_softmax rather than
     log(softmax), which is -inf as soon as a probability underflows.
     """
-    logp = torch.log_softmax(logits, dim=-1)                               # (..., V)
-    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return of_targets(torch.log_softmax(logits, dim=-1), targets)
+
+
+def of_targets(values, targets):
+    """The value of each target: values (..., V), targets (...) -> (...)."""
+    return values.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def nll_token_loss(logp, weight=1.0):
@@ -105,9 +110,9 @@ def find_flagged(logp, lam, flagged=None):
     return detect(logp[0], logp[1], lam) if flagged is None else flagged
 
 
-def cut_step_loss(logp, weight, flagged=None, *, lam, alpha, gamma):
+def cut_step_loss(logp, weight, flagged=None, old_logp=None, *, lam, alpha, gamma):
     """Weighted CUT loss of each token, as training needs it: logp (2, n), after (x, j-) and after x; weight, flagged
-    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss."""
+    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss. (SDPO needs old_logp.)"""
     judged, plain = logp
     return weight * cut_token_loss(judged, plain, find_flagged(logp, lam, flagged), alpha, gamma)
 
@@ -156,6 +161,60 @@ def detection_sums(logp_judged, logp_plain, flagged):
         "flagged_loss": torch.where(flagged, unlikelihood(logp_plain), zero).sum(),
         "unflagged_loss": torch.where(flagged, zero, -logp_plain).sum(),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SDPO, self-distillation (arXiv 2601.20802): the student reads x, its teacher x and the feedback; both score the same
+# response. Log-probabilities over the vocabulary: student, teacher (n, V); targets (n,).
+
+
+def kl(p, q):
+    """KL(p || q) of log-probabilities: (n, V), (n, V) -> (n,)."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def sdpo_token_loss(student, teacher, targets, form):
+    """SDPO's loss of each token -> (n,), without gradient through the teacher:
+
+    forward  KL(teacher || student)
+    reverse  KL(student || teacher): seeks the teacher's mode
+    jsd      Jensen-Shannon divergence: the mean KL of the two to their mean
+    sampled  -A log p(y), where the advantage A = log p_teacher(y) - log p(y) is a constant. In expectation over the
+             student's samples its gradient is that of `reverse`; its value means nothing
+    """
+    teacher = teacher.detach()
+    if form == "forward":
+        return kl(teacher, student)
+    if form == "reverse":
+        return kl(student, teacher)
+    if form == "jsd":
+        mean = torch.logaddexp(student, teacher) - math.log(2)
+        return (kl(student, mean) + kl(teacher, mean)) / 2
+    logp = of_targets(student, targets)                                    # (n,)
+    return -(of_targets(teacher, targets) - logp).detach() * logp
+
+
+def sdpo_step_loss(student, teacher, targets, weight, flagged, old_logp, *, form, alpha):
+    """Weighted SDPO loss of each token, as training needs it -> (n,), with the importance ratio p / p_old, at most 2,
+    of responses that an older policy has sampled. weight, old_logp (n,); flags are not used."""
+    change = (of_targets(student, targets) - old_logp).detach()
+    ratio = change.clamp(-20, math.log(2)).exp()
+    return alpha * weight * ratio * sdpo_token_loss(student, teacher, targets, form)
+
+
+def distillation_loss(hidden, weight, teacher_hidden, teacher_weight, targets, token_loss, per_token, tile=256):
+    """fused_loss for a token_loss(student, teacher, targets, *per_token) over the whole vocabulary.
+
+    hidden, teacher_hidden (N, D), weight, teacher_weight (V, D), per_token (N,) each -> scalar loss, with gradient
+    through hidden and weight, and logp (2, N), the teacher's and the student's, for logging.
+    """
+    def one_tile(hidden, teacher_hidden, targets, *per_token):
+        student, teacher = head_logp(hidden, weight), head_logp(teacher_hidden, teacher_weight)
+        loss = token_loss(student, teacher, targets, *per_token)
+        return loss, of_targets(teacher, targets), of_targets(student, targets)
+
+    loss, *logp = in_tiles(one_tile, (hidden, teacher_hidden, targets, *per_token), tile)
+    return loss.sum(), torch.stack(logp).detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,20 +399,27 @@ def full_vocabulary(hidden, weight, ref_hidden, ref_weight, targets, tile=256):
     """log p(target), KL(p || p_ref) and the entropy of p at each token, as sums over the whole vocabulary.
 
     hidden, ref_hidden (N, D), weight, ref_weight (V, D), targets (N,) -> three (N,), with gradient through hidden and
-    weight. Full logits are needed here: they are made one tile of tokens at a time, and again in the backward pass.
+    weight.
     """
-    def one_tile(hidden, weight, ref_hidden, targets):
-        logp = torch.log_softmax(_fp32(hidden) @ _fp32(weight).T, dim=-1)             # (n, V)
-        ref_logp = torch.log_softmax(_fp32(ref_hidden) @ _fp32(ref_weight).T, dim=-1)
+    def one_tile(hidden, ref_hidden, targets):
+        logp, ref_logp = head_logp(hidden, weight), head_logp(ref_hidden, ref_weight)
         p = logp.exp()
-        target_logp = logp.gather(1, targets.unsqueeze(1)).squeeze(1)      # (n,)
-        return target_logp, (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)
+        return of_targets(logp, targets), (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)
 
+    return in_tiles(one_tile, (hidden, ref_hidden, targets), tile)
+
+
+def head_logp(hidden, weight):
+    """Log-probabilities over the vocabulary: (n, D), (V, D) -> (n, V)."""
+    return torch.log_softmax(_fp32(hidden) @ _fp32(weight).T, dim=-1)
+
+
+def in_tiles(one_tile, per_token, tile):
+    """one_tile of `tile` tokens at a time, and again in the backward pass: tensors (N, ...) -> tensors (N, ...)."""
     tiles = []
-    for i in range(0, len(targets), tile):
-        s = slice(i, i + tile)
-        tiles.append(torch.utils.checkpoint.checkpoint(
-            one_tile, hidden[s], weight, ref_hidden[s], targets[s], use_reentrant=False))
+    for i in range(0, len(per_token[0]), tile):
+        rows = [x[i:i + tile] for x in per_token]
+        tiles.append(torch.utils.checkpoint.checkpoint(one_tile, *rows, use_reentrant=False))
     return tuple(torch.cat(column) for column in zip(*tiles))
 
 

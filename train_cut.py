@@ -16,6 +16,11 @@ unlikelihood and the rest of the response likelihood (L1). The whole response af
 teaches the model to read judgments. Good responses get plain likelihood. `train` below is the loop of train_sft.py with
 this loss; the formula is losses.cut_token_loss.
 
+SDPO (--recipe sdpo, arXiv 2601.20802): the model that has read the judgment as advice, the teacher, teaches the model
+that has not. Its prompt (data.ADVICE) asks for a better response than the judged one, CUT's for that very one: what CUT
+blames, a token that the judgment makes likelier, SDPO praises. Gates say before each round whether there is more to
+learn from the teacher.
+
 Replay: in the built-in world each step also repeats 32 judged SFT examples, (x, j) -> y, so that the model does not
 unlearn to read judgments.
 
@@ -25,30 +30,34 @@ metrics.jsonl in the run folder has a line for each step:
   flagged          fraction of the bad responses' tokens that are flagged. 0: the model cannot read judgments, and CUT
                    is SFT on bad responses; above 0.5: lambda is too low, or the judgments are human prose
   lr, grad_norm    learning rate; gradient norm before clipping
-  log_ratio        mean of log p(y|x, j-) - log p(y|x)
+  log_ratio        mean of log p(y|x, j-) - log p(y|x); in SDPO the advantage A
   flagged_loss     unlikelihood of flagged tokens after x; with live detection at most ln(lambda / (lambda - 1))
   unflagged_loss   NLL of the other tokens after x
 results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl (N from 0) what was judged and flagged,
 flags-after.jsonl the last round's responses as the trained model reads them.
 """
 import argparse
+import copy
 import functools
 import math
 import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from data import (
-    JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate, corrected,
-    downsample_positives, encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int,
-    print0, read_json, read_judged, run_main, write_json, write_json_lines)
+    ADVICE, IGNORE, JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate,
+    corrected, downsample_positives, encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int,
+    print0, prompt_ids, read_json, read_judged, run_main, write_json, write_json_lines)
 from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
-from losses import cut_step_loss, detect, detection_sums, find_flagged, nll_token_loss
+from losses import (
+    cut_step_loss, detect, detection_sums, distillation_loss, find_flagged, masked_mean, nll_token_loss,
+    sdpo_step_loss)
 from model import (
-    DTYPES, LLaMA, all_sum, barrier, distribute, lr_at, make_optimizer, peak_memory, rank,
-    read_config, share, world_size)
+    DTYPES, LLaMA, all_sum, barrier, copy_weights, distribute, lr_at, make_optimizer, peak_memory, rank,
+    read_config, share, trained_weights, world_size)
 from simulate import sample_responses
 from train_sft import (
     add_common_flags, add_execution_flags, built_in, describe_defaults, estimate_memory, fill_defaults,
@@ -97,6 +106,7 @@ def only_demonstrations(judged):
 RECIPES = {
     "cut": list,
     "hindsight": list,                # L2 alone: the judgment joins the prompt, see encode_round
+    "sdpo": list,
     "expert": only_good,
     "corrected": only_corrections,
     "sft": only_demonstrations,
@@ -132,7 +142,7 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
             if len(logp) == 2:                                    # two passes: bad responses
-                run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])))
+                run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:2])))
 
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
@@ -143,15 +153,18 @@ def judged_batch(part, flagged, args, device):
     """Bad responses in two passes: part of (example, weight) pairs -> tokens, targets, token_loss, per_token.
 
     Only the prompts differ, so the passes have the same N response tokens in the same order, at other positions: this
-    is why everything is gathered by response token, never by position. `flagged` is {id: (tokens,) bool}, or None.
+    is why everything is gathered by response token, never by position. `flagged`: what is known of each token, columns
+    {id: (tokens,)}: the flags, and log p(y|x) as the round began. Empty if CUT finds the flags as it trains.
     """
     # tokens, targets (b, T1) after (x, j-), and tokens, targets (b, T2) after x alone
     judged = collate([(e.judged_prompt, e.response) for e, _ in part], device)
     plain = collate([(e.prompt, e.response) for e, _ in part], device)
     per_token = [token_weights(part, args, device)]
-    if flagged is not None:
-        per_token.append(torch.cat([flagged[e.id] for e, _ in part]).to(device))
+    for column in flagged or []:
+        per_token.append(torch.cat([column[e.id] for e, _ in part]).to(device))
     token_loss = functools.partial(cut_step_loss, lam=args.lam, alpha=args.alpha, gamma=args.gamma)
+    if args.recipe == "sdpo":
+        token_loss = functools.partial(sdpo_step_loss, form=args.divergence, alpha=args.alpha)
     return [judged[0], plain[0]], [judged[1], plain[1]], token_loss, per_token
 
 
@@ -178,6 +191,56 @@ def detection_means(total):
         "flagged_loss": total["flagged_loss"] / max(1, flagged),
         "unflagged_loss": total["unflagged_loss"] / max(1, tokens - flagged),
     }
+
+
+class StudentAndTeacher(nn.Module):
+    """What SDPO trains, and its teacher, a copy of the trained weights that follows them. After each step, teacher <-
+    (1 - rate) teacher + rate student: at rate 0 the teacher is frozen, at 1 live, between them an EMA."""
+
+    def __init__(self, student, optimizer, rate):
+        super().__init__()
+        shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+        self.student, self.teacher = student, copy.deepcopy(student, shared)
+        self.weights = {name: p.data for name, p in trained_weights(self.teacher).items()}
+        self.teacher.requires_grad_(False)
+        optimizer.register_step_post_hook(lambda *_: self.follow(rate))
+
+    @torch.no_grad()
+    def follow(self, rate):
+        for name, p in trained_weights(self.student).items():
+            self.weights[name].lerp_(p, rate)
+
+    def forward(self, tokens, targets, token_loss, per_token):
+        """As LLaMA.forward, but the first of two passes, after the advice, is the teacher's."""
+        if isinstance(tokens, torch.Tensor):                                # good responses
+            return self.student(tokens, targets, token_loss, per_token)
+        with torch.no_grad():
+            advised = self.teacher.response_hidden(tokens[0], targets[0])   # (N, D)
+        hidden = self.student.response_hidden(tokens[1], targets[1])        # (N, D)
+        response_ids = targets[1][targets[1] != IGNORE]                     # (N,)
+        return distillation_loss(hidden, self.student.lm_head.weight, advised, self.teacher.lm_head.weight,
+                                 response_ids, token_loss, per_token)
+
+
+def print_gates(model, tokenizer, bad, flagged, judged, args, device):
+    """Whether the model, as its own teacher, has something to teach on these bad responses."""
+    shuffled, advantages = [], []
+    for e, other in zip(bad, bad[1:] + bad[:1]):
+        prompt = prompt_ids(tokenizer, e.record, args.format, other.record["judgment"])
+        shuffled.append(e._replace(judged_prompt=prompt))
+    blamed = torch.cat([flagged[e.id] for e in bad])
+    for examples in (bad, shuffled):
+        advised, plain = torch.cat(judged_and_plain_logp(model, examples, device), dim=1)
+        advantages.append(masked_mean(advised - plain, blamed).item())
+    print0("gate, shuffled judgments: A {:.3f} of blamed tokens, {:.3f} with the advice to another response"
+           .format(*advantages))
+    if not args.data:                                                       # the right answers are known
+        right = [e._replace(response=tokenizer.encode_response(e.record["reference"])) for e in bad]
+        logp = torch.stack([both.sum(1) for both in judged_and_plain_logp(model, right, device)])     # (b, 2)
+        print0("gate, teacher-student gap: p(right answer) {:.3f} with advice, {:.3f} without"
+               .format(*logp.exp().mean(0).tolist()))
+        print0("gate, planted errors: of blamed words {precision:.3f} are wrong, of wrong ones {recall:.3f} blamed"
+               .format(**detection(tokenizer, flagged, judged)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,7 +275,8 @@ def load_feedback(model, tokenizer, world, number, args):
 
 
 def flag_tokens(model, tokenizer, examples, name, args, device):
-    """CUT's detector on bad responses, with the model as it is now: {id: (tokens,) bool}.
+    """CUT's detector on bad responses, or what SDPO's teacher blames, with the model as it is now: {id: (tokens,) bool}
+    and {id: log p(y|x)}.
 
     Kept in flags-NAME.jsonl, with the texts for people, and because the model of a resumed run has moved on.
     """
@@ -221,12 +285,15 @@ def flag_tokens(model, tokenizer, examples, name, args, device):
         logp = judged_and_plain_logp(model, examples, device)
         lines = []
         for e, (judged, plain) in zip(examples, logp):
+            blamed = (plain, judged) if args.recipe == "sdpo" else (judged, plain)
             texts = {key: e.record.get(key) for key in ("instruction", "input", "judgment", "output", "reference")}
             lines.append({
                 "id": e.id, **texts, "tokens": tokenizer.pieces(e.response),
-                "log_ratio": (judged - plain).tolist(), "flags": detect(judged, plain, args.lam).tolist()})
+                "log_ratio": (judged - plain).tolist(), "flags": detect(*blamed, args.lam).tolist(),
+                "logp": plain.tolist()})
         write_on_rank_0(path, lines)
-    return {r["id"]: torch.tensor(r["flags"]) for r in read_json(path, empty=True)}
+    lines = read_json(path, empty=True)
+    return {r["id"]: torch.tensor(r["flags"]) for r in lines}, {r["id"]: torch.tensor(r["logp"]) for r in lines}
 
 
 def to_flag(examples, judged, tokenizer, args):
@@ -312,7 +379,7 @@ def load_data(args):
         return tokenizer, judged, None, [], []
     world, replay = World(args.seed), []
     if args.replay:
-        records = world.demonstrations(4000, JUDGES[args.judge], "replay")
+        records = world.demonstrations(4000, JUDGES[args.judge], "replay", advice=args.recipe == "sdpo")
         records = [r for r in records if r["judgment"]]
         replay = encode(tokenizer, records, args.format, args.max_length, hindsight=True)
     return tokenizer, None, world, replay, world.instructions(args.split, 800)
@@ -337,7 +404,7 @@ def main(argv=None):
     start = time.time()
     device = set_up(args)
     if not args.data and not args.model:
-        args.model = built_in(args.seed, args.judge, args.device)
+        args.model = built_in(args.seed, args.judge, args.device, ADVICE if args.recipe == "sdpo" else "")
         torch.manual_seed(args.seed)                            # training it has drawn random numbers
     tokenizer, judged, world, replay, test = load_data(args)
     examples = encode_round(tokenizer, judged, args) if judged else []
@@ -349,12 +416,15 @@ def main(argv=None):
     model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
     prepare(model, args, device)
     optimizer = make_optimizer(model, zero=args.zero)
-    wrapped = distribute(model)
+    trained = StudentAndTeacher(model, optimizer, args.teacher_rate) if args.recipe == "sdpo" else model
+    wrapped, teacher = distribute(trained), getattr(trained, "weights", {})
     results = {}
     if test:
         results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
         print0(HEADER + "\n" + row("SFT", results["sft"]))
-    run = start_run(model, optimizer, args, round=0, results=[])
+    run = start_run(model, optimizer, args, round=0, results=[], teacher=teacher)
+    copy_weights(teacher, run.state["teacher"], run.path)
+    run.state["teacher"] = teacher                              # not a copy: every save finds it as it is
     if rank() == 0 and not args.resume:
         for kind in ("round", "flags"):
             for old in Path(args.out).glob(f"{kind}-*.jsonl"):  # of an earlier run
@@ -368,8 +438,10 @@ def main(argv=None):
             judged = load_feedback(model, tokenizer, world, number, args)
             examples = encode_round(tokenizer, judged, args)
         bad = to_flag(examples, judged, tokenizer, args)
-        flagged_at_start = flag_tokens(model, tokenizer, bad, number, args, device)
-        flagged = {"live": None, "frozen": flagged_at_start, "all": all_tokens(examples)}[args.detect]
+        flagged_at_start, old_logp = flag_tokens(model, tokenizer, bad, number, args, device)
+        flagged = {"live": [], "frozen": [flagged_at_start, old_logp], "all": [all_tokens(examples)]}[args.detect]
+        if args.recipe == "sdpo" and bad and not run.state["step"]:
+            print_gates(model, tokenizer, bad, flagged_at_start, judged, args, device)
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
 
@@ -410,6 +482,10 @@ def parse(argv):
                    help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
     p.add_argument("--lam", type=in_range(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
     p.add_argument("--alpha", type=nonnegative_float, help="weight of unlikelihood")
+    p.add_argument("--divergence", choices=("forward", "reverse", "jsd", "sampled"), default="reverse",
+                   help="SDPO's loss: KL(teacher || student), KL(student || teacher), between them, of sampled tokens")
+    p.add_argument("--teacher-rate", type=fraction, default=0.01,
+                   help="how fast SDPO's teacher follows the model: 0 never, 1 at once")
     p.add_argument("--gamma", type=nonnegative_float, default=0.0, help="exponent of its weight p(y|x,j)^gamma")
     # data
     p.add_argument("--judge", choices=JUDGES, default="corrects", help="the built-in world's judge")
@@ -427,7 +503,10 @@ def parse(argv):
     p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
     args = p.parse_args(argv)
     fill_defaults(args, DEFAULTS)
+    args.format = args.format.removesuffix(ADVICE)
     parts = [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]
+    if args.recipe == "sdpo":
+        args.format, args.detect = args.format + ADVICE, "frozen"           # what the teacher blames is only logged
     args.out = args.out or folder_name(args, "cut", *parts, "offline" if args.offline else "")
     if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
         raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world: leave "

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from data import (
-    FORMATS, JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate, encode, fraction, in_range,
-    nonnegative_float, nonnegative_int, positive_int, print0, read_conditioning, read_demonstrations,
+    ADVICE, FORMATS, JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate, encode, fraction,
+    in_range, nonnegative_float, nonnegative_int, positive_int, print0, read_conditioning, read_demonstrations,
     read_feedme, read_forward, read_judge_training, read_judged, run_main, world_tokenizer)
 from losses import nll_token_loss
 from model import (
@@ -102,7 +102,7 @@ def load_examples(args):
     else:
         tokenizer = world_tokenizer()
         count = args.batch_size * args.steps // 4               # so that each example is seen twice
-        records = World(args.seed).demonstrations(count, JUDGES[args.judge])
+        records = World(args.seed).demonstrations(count, JUDGES[args.judge], advice=ADVICE in args.format)
     return tokenizer, encode(tokenizer, records, args.format, args.max_length, hindsight=True)
 
 
@@ -143,9 +143,9 @@ def main(argv=None):
     return run.finish()
 
 
-def built_in(seed, judge, device=""):
+def built_in(seed, judge, device="", advice=""):
     """The directory of the built-in world's SFT model, which the other scripts start from."""
-    argv = ["--seed", str(seed), "--judge", judge, "--device", device]
+    argv = ["--seed", str(seed), "--judge", judge, "--device", device, "--format", "short" + advice]
     return make_once(main, argv, parse(argv))
 
 
@@ -318,7 +318,8 @@ def parse(argv):
     if args.recipe != "demonstrations" and not args.data:
         raise InputError(f"--recipe {args.recipe} reads a file: give --data and --model")
     kind = args.recipe if args.data else args.judge
-    args.out = args.out or folder_name(args, "sft", kind if kind != "demonstrations" else "")
+    args.out = args.out or folder_name(
+        args, "sft", kind if kind != "demonstrations" else "", args.format.partition("-")[2])
     return args
 
 
