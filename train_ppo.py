@@ -44,9 +44,9 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -398,67 +398,74 @@ class RewardAndViews(nn.Module):
 
 def synthetic_pairs(args, device):
     """RLP-SPG's pairs: where enough responses of the policy agree, the best of those is preferred to another one."""
-    records, asked, pairs = policy_samples(args, device), [], []
+    records, pairs, unclear = policy_samples(args, device), [], 0
     texts = [sorted(set(r["output"])) for r in records]
-    for r, distinct in zip(records, texts):
-        asked += [(r, *two) for two in itertools.combinations(distinct, 2)]
     scores = score_texts(args.reward, records, texts, args.format, args.dtype, device, args.micro_batch_size)
-    answers = same_meaning(asked, args)
-    unclear, answers = answers.count(None), iter(answers)
-    for r, distinct, rewards in zip(records, texts, scores):
-        same = dict(zip(itertools.combinations(distinct, 2), answers))
-        if None not in same.values():
-            pairs += select_pair(r, clusters(distinct, same), dict(zip(distinct, rewards)), args)
+    for r, distinct, rewards, same in zip(records, texts, scores, compare_meanings(records, texts, args)):
+        if None in same.values():
+            unclear += 1
+        else:
+            pairs += select_pair(r, clusters(r["output"], same), dict(zip(distinct, rewards)), args)
     if rank() == 0:
         write_json_lines(Path(args.out, "synthetic.jsonl"), pairs)
-    print0(f"{len(pairs)} synthetic pairs of {len(records)} instructions, in {args.out}/synthetic.jsonl; {unclear} of "
-           f"{len(asked)} comparisons had no clear answer and left their instructions out")
+    print0(f"{len(pairs)} synthetic pairs of {len(records)} instructions, in {args.out}/synthetic.jsonl; {unclear} "
+           "instructions were left out because the judge gave no clear answer")
     return pairs
+
+
+def same_meaning(a, b):
+    """Whether two responses mean the same: here, if they have the same words in any order, in the built-in world the
+    same facts. (The paper has DeBERTa predict entailment in both directions.)"""
+    return set(units(a)) == set(units(b))
 
 
 SAME_MEANING = ("Question:\n{instruction}\n\nAnswer A:\n{output}\n\nAnswer B:\n{judgment}\n\n"
                 "Do both answers say the same, be it in other words? Reply with one word, yes or no.")
 
 
-def same_meaning(asked, args):
-    """Whether two responses mean the same: [(record, text, text)] -> [bool, or None without a clear answer].
-
-    Without --judge: if they have the same words in any order, in the built-in world the same facts. A judge is asked
-    once for both directions. (A departure: the paper has DeBERTa predict entailment in each.)"""
-    if not args.judge:
-        return [set(units(a)) == set(units(b)) for _, a, b in asked]
-    judge = parse_simulate(["refine", "--data", "-", "--out", f"{args.out}/judge", "--temperature", "0", *args.judge])
-    questions = [{**r, "output": a, "judgment": b, "number": i} for i, (r, a, b) in enumerate(asked)]
-    alone = judge.by == "api"                                    # one rank asks, and pays
-    done = [] if alone and rank() else get_completions(judge, questions, template=SAME_MEANING)[0]
-    answers = [None] * len(asked)
-    for r, (reply,) in gather_lists(done) if alone else done:
-        answers[r["number"]] = {"yes": True, "no": False}.get(units(reply.lower())[0])
-    return answers
+def compare_meanings(records, texts, args):
+    """Compares each record's texts in pairs -> [{(text, later text): bool, or None without a clear answer}], by
+    same_meaning or, for real text, by asking --judge once for both directions."""
+    found, questions = [dict.fromkeys(itertools.combinations(distinct, 2)) for distinct in texts], []
+    for i, same in enumerate(found):
+        for a, b in same:
+            same[a, b] = None if args.judge else same_meaning(a, b)
+            questions.append({**records[i], "output": a, "judgment": b, "number": i})
+    if args.judge:
+        judge = ["refine", "--data", "-", "--out", f"{args.out}/judge", "--temperature", "0", *args.judge]
+        judge = parse_simulate(judge)
+        alone = judge.by == "api"                                # one rank asks, and pays
+        done = [] if alone and rank() else get_completions(judge, questions, template=SAME_MEANING)[0]
+        for r, (reply,) in gather_lists(done) if alone else done:
+            answer = re.match(r"\W*(yes|no)\b", reply.lower())
+            found[r["number"]][r["output"], r["judgment"]] = answer and answer[1] == "yes"
+    return found
 
 
 def clusters(texts, same):
-    """Groups texts by meaning -> {text: first text of its group}. Greedy: a text joins the first group whose first text
-    means the same. same: {(text, later text): bool}, which need not be transitive."""
-    first = {}
-    for text in texts:
-        groups = [a for a in first if first[a] == a and same[a, text]]
-        first[text] = groups[0] if groups else text
-    return first
+    """Groups texts by meaning -> a list of lists. Greedy: in alphabetical order, a text joins the first group whose
+    first text means the same. same: {(text, later text): bool}, which need not be transitive."""
+    groups = []
+    for text in sorted(texts):
+        fitting = [group for group in groups if group[0] == text or same[group[0], text]]
+        if fitting:
+            fitting[0].append(text)
+        else:
+            groups.append([text])
+    return groups
 
 
-def select_pair(record, first, score, args):
-    """RLP-SPG's pair of an instruction, in a list: of the largest group (of equals, the first in the alphabet) the text
-    with the best score, and a random response outside. [] if less than --gamma of the responses agree, or all do."""
-    texts = sorted(record["output"])
-    largest, size = Counter(first[text] for text in texts).most_common(1)[0]
-    outside = [text for text in texts if first[text] != largest]
-    confidence = size / len(texts)
+def select_pair(record, groups, score, args):
+    """RLP-SPG's pair of an instruction, in a list: of the largest group (of equals, the first) the text with the best
+    score, and a random response outside. [] if less than --gamma of the responses agree, or all do."""
+    largest = max(groups, key=len)
+    outside = sorted(text for group in groups if group is not largest for text in group)
+    confidence = len(largest) / len(record["output"])
     if confidence < args.gamma or not outside:
         return []
-    chosen = max((text for text in first if first[text] == largest), key=score.get)
     rejected = random.Random(f"rejected {args.seed} {record['instruction']}").choice(outside)
-    return [{**record, "output_1": chosen, "output_2": rejected, "preference": 1, "confidence": confidence}]
+    return [{**record, "output_1": max(largest, key=score.get), "output_2": rejected, "preference": 1,
+             "confidence": confidence}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -263,18 +263,17 @@ def chosen_args(gamma=.5, seed=0):
 
 def same_letter(texts):
     """Clusters of texts that mean the same if they begin with the same letter."""
-    texts = sorted(set(texts))
     return train_ppo.clusters(texts, {(a, b): a[0] == b[0] for a in texts for b in texts if a < b})
 
 
 def test_clusters_partition_the_texts_and_are_greedy():
     """A text in two groups or in none, groups that a chain of neighbours joins, or a comparison in the other order."""
-    assert same_letter(["b2", "a1", "b1", "a1"]) == {"a1": "a1", "b1": "b1", "b2": "b1"}
+    assert same_letter(["b2", "a1", "b1", "a1"]) == [["a1", "a1"], ["b1", "b2"]]
     chain = {("a", "b"): True, ("b", "c"): True, ("a", "c"): False, ("c", "d"): True, ("a", "d"): False,
              ("b", "d"): False}                                             # not transitive
-    assert train_ppo.clusters(["a", "b", "c", "d"], chain) == {"a": "a", "b": "a", "c": "c", "d": "c"}
+    assert train_ppo.clusters(["a", "b", "c", "d"], chain) == [["a", "b"], ["c", "d"]]
     both = {("a", "b"): False, ("a", "c"): True, ("b", "c"): True}          # c joins the first that fits
-    assert train_ppo.clusters(["a", "b", "c"], both) == {"a": "a", "b": "b", "c": "a"}
+    assert train_ppo.clusters(["a", "b", "c"], both) == [["a", "c"], ["b"]]
 
 
 def test_the_best_of_the_largest_group_against_one_outside():
@@ -293,7 +292,7 @@ def test_the_best_of_the_largest_group_against_one_outside():
     assert rejected.keys() == {"b1", "b2", "a9"}
     assert abs(rejected["b1"] / 2000 - .6) < .055                           # five standard errors of 3 of 5
     tie = {"instruction": "x", "output": ["b1", "a9", "b2", "a9"]}
-    assert train_ppo.select_pair(tie, same_letter(output), score, chosen_args())[0]["output_1"] == "a9"
+    assert train_ppo.select_pair(tie, same_letter(tie["output"]), score, chosen_args())[0]["output_1"] == "a9"
 
 
 def test_gamma_selects():
@@ -305,17 +304,17 @@ def test_gamma_selects():
     for gamma in (0, .1, .4, .5, .51, .7, .9, 1, 1.1):
         pairs = []
         for word in letters:
-            first, score = same_letter(list(word)), dict.fromkeys(word, 0.)
+            groups, score = same_letter(word), dict.fromkeys(word, 0.)
             record = {"instruction": word, "output": list(word)}
-            pairs.append(train_ppo.select_pair(record, first, score, chosen_args(gamma)))
+            pairs.append(train_ppo.select_pair(record, groups, score, chosen_args(gamma)))
         assert pairs[0] == []                                               # all agree: there is nothing to reject
         kept = [c for c, pair in zip(confidences, pairs) if pair]
         assert kept == [c for c in confidences[1:] if c >= gamma] == [p["confidence"] for p, in filter(None, pairs)]
         counts.append(len(kept))
     assert counts == [4, 4, 3, 2, 1, 1, 0, 0, 0]
     word = "aaaaaaabcdefghijklmnopqrs"                                      # 7 of 25
-    record, first = {"instruction": "x", "output": list(word)}, same_letter(list(word))
-    assert train_ppo.select_pair(record, first, dict.fromkeys(word, 0.), chosen_args(.28))
+    record = {"instruction": "x", "output": list(word)}
+    assert train_ppo.select_pair(record, same_letter(word), dict.fromkeys(word, 0.), chosen_args(.28))
 
 
 def test_labels_get_truer_with_gamma():
@@ -328,9 +327,9 @@ def test_labels_get_truer_with_gamma():
             p = rng.uniform(.3, .9)
             output = ["right" if rng.random() < p else f"wrong {rng.randrange(3)}" for _ in range(10)]
             texts = sorted(set(output))
-            first = train_ppo.clusters(texts, {(a, b): False for a in texts for b in texts if a < b})
+            groups = train_ppo.clusters(output, {(a, b): False for a in texts for b in texts if a < b})
             record = {"instruction": str(k), "output": output}
-            for pair in train_ppo.select_pair(record, first, {t: rng.random() for t in texts}, chosen_args(gamma)):
+            for pair in train_ppo.select_pair(record, groups, {t: rng.random() for t in texts}, chosen_args(gamma)):
                 right.append(pair["output_1"] == "right")
         found[gamma] = sum(right) / len(right)
     assert found[0] + .03 < found[.5] < found[.8] - .005 and found[.8] > .98, found
@@ -338,10 +337,10 @@ def test_labels_get_truer_with_gamma():
 
 def test_equal_words_are_equal_facts():
     """Word order or a comma that makes another meaning, or one fact that is not compared."""
-    asked = [({}, "The frog is pink and eats eggs.", "The frog eats eggs and is pink."),
-             ({}, "The frog is pink and eats eggs.", "The frog is pink and eats fish."),
-             ({}, "The frog is pink and eats eggs.", "The frog is pink."), ({}, "It is 3.", "It is 31.")]
-    assert train_ppo.same_meaning(asked, argparse.Namespace(judge=[])) == [True, False, False, False]
+    frog = "The frog is pink and eats eggs."
+    assert train_ppo.same_meaning(frog, "The frog eats eggs and is pink.")
+    assert not train_ppo.same_meaning(frog, "The frog is pink and eats fish.")
+    assert not train_ppo.same_meaning(frog, "The frog is pink.") and not train_ppo.same_meaning("It is 3.", "It is 31.")
 
 
 def synthetic(directory):
@@ -399,7 +398,8 @@ def test_a_judge_says_what_means_the_same(reply, count, small, files, tmp_path, 
     train_ppo.load_pairs(train_ppo.parse(command), CPU)
     assert server.calls == calls and synthetic(tmp_path / "out") == pairs
     printed = capsys.readouterr().out
-    assert f"{0 if count else calls} of {calls} comparisons had no clear answer" in printed
+    unclear = 0 if count else sum(len({*r["output"]}) > 1 for r in records)
+    assert f"{unclear} instructions were left out" in printed
 
 
 def test_a_model_can_be_the_judge(small, files, tmp_path):  # noqa: F811
