@@ -242,20 +242,18 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # RLP-UML (arXiv 2403.19279): reward loss + lambda L_M, where L_M = -I(z_1; z_2) + SKL(p(z|v_1) || p(z|v_2)). The views
-# v_1 and v_2 are two responses to one instruction; the code z of a view is drawn from Normal(mean, std^2)
+# v_1, v_2 are two responses to one instruction; the code z of a view is drawn from Normal(mean, std^2), all (B, Z)
 
 
 def mutual_information(together, apart):
-    """Jensen-Shannon estimate of mutual information (arXiv 1808.06670, Eq. 4): -softplus(-T) - softplus(T').
-
-    T (B,): a critic's scores of two codes of one instruction, T' (B,): of codes of different ones -> (B,), whose mean
-    is the estimate. At most 0; -2 ln 2 at T = T' = 0. It is a training signal, not a number of nats.
-    """
+    """Jensen-Shannon estimate of I (arXiv 1808.06670, Eq. 4), a training signal, not a number of nats: -softplus(-T) -
+    softplus(T') <= 0. T, T' (B,) are a discriminator's logits of two codes of one instruction and of different ones ->
+    (B,). Its mean is -2 ln 2 = -1.386 if the discriminator knows nothing, 0 if it tells them apart for sure."""
     return -F.softplus(-together) - F.softplus(apart)
 
 
 def symmetric_kl(mean_1, std_1, mean_2, std_2):
-    """Mean of KL(p_1 || p_2) and KL(p_2 || p_1) of diagonal Gaussians: all (B, Z) -> (B,), sums over dimensions of
+    """SKL, the mean of KL(p_1 || p_2) and KL(p_2 || p_1) -> (B,): over dimensions the sum of
     [s_1^2 / s_2^2 + s_2^2 / s_1^2 - 2 + (m_1 - m_2)^2 (1 / s_1^2 + 1 / s_2^2)] / 4."""
     spread = (std_1 / std_2 - std_2 / std_1) ** 2                          # as a square, rounding leaves it >= 0
     shift = (mean_1 - mean_2) ** 2 * (std_1 ** -2 + std_2 ** -2)

@@ -23,7 +23,7 @@ are scored as they were sampled, EOS included, at the sampling temperature.
 
 metrics.jsonl of reward and dpo: loss (dpo: ln 2 at step 0, or policy and reference differ), accuracy of the batch,
 margin (mean reward of chosen - rejected), chosen_reward (dpo: below 0 means that chosen responses get less likely too).
-Of uml also information (-1.386: the critic tells nothing apart; 0: all) and kl; 0 beside -1.386, its codes collapsed.
+uml adds information (losses.mutual_information) and kl (of two views); -1.386 and 0: its codes have collapsed to one.
 metrics.jsonl of ppo (quark: reward, finished, length, nll; its kl and entropy are exact, and per token):
   reward              mean score of the rollouts. Rises; if gold in results.json falls meanwhile, it is over-optimized
   kl, kl_k1, kl_k3    KL(policy || reference) of a response: the penalized estimate, and two unbiased ones. 0 at step 0,
@@ -60,17 +60,17 @@ from data import (
     collate, count_errors, fraction, in_range, nonnegative_float, pad, positive_int, print0, prompt_ids,
     read_instructions, read_pairs, read_preferences, reading, run_main, units, write_json, write_json_lines)
 from evaluate import MAX_NEW_TOKENS, answer_errors, exact_match, win_rate
-from losses import mutual_information, symmetric_kl
 from losses import (
-    explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, next_beta, per_example_sum,
-    ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards, whiten)
+    explained_variance, full_vocabulary, gae, implicit_reward, kl_estimate, masked_mean, mutual_information, next_beta,
+    per_example_sum, ppo_policy_loss, ppo_value_loss, quantiles, quark_token_loss, reward_loss, shape_rewards,
+    symmetric_kl, whiten)
 from model import (
     DTYPES, HALF, LLaMA, RewardModel, add_lora, barrier, check_memory, copy_weights, distribute, gather_lists,
     generate, load_adapter, lora_disabled, lr_at, lr_linear, make_optimizer, memory_estimate, on_meta, peak_memory,
     rank, read_config, read_pickle, share, trained_weights, world_size)
 from simulate import (
-    built_in_preferences, get_completions, mean_and_se, reward_scores, sample_responses, score_texts)
-from simulate import parse as parse_simulate
+    built_in_preferences, get_completions, mean_and_se, parse as parse_simulate, reward_scores, sample_responses,
+    score_texts)
 
 # Defaults: (with --data, in the built-in world). With --data they are AlpacaFarm's, with its learning rates of full
 # fine-tuning; LoRA needs about 10x these. Of its 390 steps of PPO it used 20 to 80.
@@ -78,13 +78,6 @@ PAIRS = {
     "format": ("alpaca", "short"),
     "max_length": (512, 256),
     "save_every": (100, 100),
-}
-REWARD = {
-    **PAIRS,
-    "batch_size": (16, 128),
-    "micro_batch_size": (2, 64),
-    "lr": (3e-6, 1e-3),
-    "epochs": (1.0, 6.0),
 }
 ROLLOUTS = {
     "format": ("alpaca", "short"),
@@ -97,9 +90,13 @@ ROLLOUTS = {
     "save_every": (10, 10),
 }
 DEFAULTS = {
-    "reward": REWARD,
-    "uml": REWARD,
-    "spg": REWARD,
+    "reward": {
+        **PAIRS,
+        "batch_size": (16, 128),
+        "micro_batch_size": (2, 64),
+        "lr": (3e-6, 1e-3),
+        "epochs": (1.0, 6.0),
+    },
     "dpo": {
         **PAIRS,
         "batch_size": (64, 32),
@@ -120,6 +117,7 @@ DEFAULTS = {
         "lr": (3e-6, 3e-4),
     },
 }
+DEFAULTS["uml"] = DEFAULTS["spg"] = DEFAULTS["reward"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,14 +151,14 @@ def head_rewards(model, pairs, args, device):
 
 def implicit_rewards(model, pairs, args, device):
     """DPO's rewards: beta * log(p / p_ref) of each response -> chosen (b,), rejected (b,)."""
-    chosen, rejected = chosen_rejected_logp(model, pairs, device)
+    chosen, rejected = chosen_rejected_logp(model, pairs, args, device)
     ref_chosen = chosen.new_tensor([p.ref_chosen for p in pairs])
     ref_rejected = chosen.new_tensor([p.ref_rejected for p in pairs])
     return (implicit_reward(chosen, ref_chosen, args.beta),
             implicit_reward(rejected, ref_rejected, args.beta))
 
 
-def chosen_rejected_logp(model, pairs, device):
+def chosen_rejected_logp(model, pairs, args, device):
     """Log-probabilities of whole responses, EOS included -> chosen (b,), rejected (b,)."""
     rows = [(p.prompt, p.chosen) for p in pairs]
     rows += [(p.prompt, p.rejected) for p in pairs]
@@ -181,10 +179,9 @@ def load_policy(args, device):
 # stage: (the model that is trained, its rewards, the length by which pairs are sorted into batches)
 PAIR_METHODS = {
     "reward": (load_reward_model, head_rewards, Pair.response_tokens),
-    "uml": (load_reward_model, head_rewards, Pair.response_tokens),              # and view_loss
-    "spg": (load_reward_model, head_rewards, Pair.response_tokens),              # and synthetic_pairs
     "dpo": (load_policy, implicit_rewards, Pair.size),
 }
+PAIR_METHODS["uml"] = PAIR_METHODS["spg"] = PAIR_METHODS["reward"]     # RLP adds a loss (view_loss) or synthetic_pairs
 
 
 def train_pairs(args, device):
@@ -233,7 +230,7 @@ def train_pairs(args, device):
         run.log(loss=loss, **means, lr=lr, grad_norm=norm)
 
     if not run.stopped:
-        margins = held_out_margins(rewards_of, model, held_out, args, device)
+        margins = [chosen - rejected for chosen, rejected in over_pairs(rewards_of, model, held_out, args, device)]
         results = accuracy(margins, held_out)
         results["margin"] = sum(margins) / len(margins)
         results.update(held_out=len(held_out), trained_on=len(train), seconds=run.seconds())
@@ -243,28 +240,21 @@ def train_pairs(args, device):
     return run.finish()
 
 
-@torch.no_grad()
 def add_reference(model, pairs, args, device):
     """DPO's reference is the policy before the first step. Its log-probabilities are computed once, so that no second
     model is kept."""
-    found = []
-    for part in chunks(share(range(len(pairs))), args.micro_batch_size):
-        chosen, rejected = chosen_rejected_logp(model, [pairs[i] for i in part], device)
-        found += zip(part, chosen.tolist(), rejected.tolist())
-    pairs = list(pairs)
-    for i, chosen, rejected in gather_lists(found):
-        pairs[i] = pairs[i]._replace(ref_chosen=chosen, ref_rejected=rejected)
-    return pairs
+    logp = over_pairs(chosen_rejected_logp, model, pairs, args, device)
+    return [p._replace(ref_chosen=chosen, ref_rejected=rejected) for p, (chosen, rejected) in zip(pairs, logp)]
 
 
 @torch.no_grad()
-def held_out_margins(rewards_of, model, pairs, args, device):
-    """r(chosen) - r(rejected) of each pair, as floats."""
+def over_pairs(function, model, pairs, args, device):
+    """What function(model, pairs, args, device) -> chosen (b,), rejected (b,) gives for each pair, on all ranks."""
     found = []
     for part in chunks(share(range(len(pairs))), args.micro_batch_size):
-        chosen, rejected = rewards_of(model, [pairs[i] for i in part], args, device)
-        found += zip(part, (chosen - rejected).tolist())
-    return [margin for _, margin in sorted(gather_lists(found))]
+        chosen, rejected = function(model, [pairs[i] for i in part], args, device)
+        found += zip(part, chosen.tolist(), rejected.tolist())
+    return [values for _, *values in sorted(gather_lists(found))]
 
 
 def accuracy(margins, pairs):
@@ -297,7 +287,7 @@ def load_pairs(args, device):
     records = read_preferences(path)
     # AlpacaFarm's split: a permutation with seed 42, of which the last pairs are held out.
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(42)).tolist()
-    count = args.held_out or min(500, max(1, len(records) // 10))
+    count = min(args.held_out or min(500, max(1, len(records) // 10)), len(records))
     synthetic = synthetic_pairs(args, device) if args.stage == "spg" else []
     pairs = []
     for r in [*synthetic, *(records[i] for i in order)]:
@@ -315,15 +305,15 @@ def load_pairs(args, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# RLP (arXiv 2403.19279): PPO leaves the responses that its reward model has learnt to compare. So a second reward model
-# also learns from n responses of that policy to each instruction, as views (UML) or as pairs (SPG); then PPO, from SFT
+# RLP (arXiv 2403.19279): PPO leaves the responses that its reward model has learnt to compare. A second reward model
+# learns from that policy's responses, too, as views (UML) or as pairs (SPG); then PPO, from SFT again: ppo --reward DIR
 
 
 def policy_samples(args, device):
     """Records whose `output` lists a policy's responses: those of --samples; in the built-in world, ten of PPO's policy
     to each instruction, made once."""
     path = Path(args.samples or f"out/world-{args.seed}/samples-{args.noise}.jsonl")
-    if not (args.samples or path.is_file()):
+    if not args.samples and not path.is_file():
         policy = built_in_stage("ppo", args.seed, args.noise, args.device)
         records = World(args.seed).instructions("train", 10000, "unlabeled")
         texts = sample_responses(
@@ -334,33 +324,35 @@ def policy_samples(args, device):
         barrier()                                                # wait for rank 0 to write
         torch.manual_seed(args.seed)                             # PPO has drawn random numbers
     records = read_pairs(path)
-    if missing := [i for i, r in enumerate(records) if not r.get("output")]:
-        raise InputError(f"{path}: record {missing[0]} has no 'output', the policy's responses as a list: simulate.py "
-                         "sample --outputs 10 writes such a file")
+    for i, r in enumerate(records):
+        if not r.get("output"):
+            raise InputError(f"{path}: record {i} has no 'output', a list of the policy's responses: make the file "
+                             "with simulate.py sample --outputs 10")
     return records
 
 
-CODE = 64            # dimensions Z of a view's code; the paper does not say
-
-
 def view_loss(tokenizer, args, device):
-    """The second term of RLP-UML: lambda L_M (losses.py), summed over as many instructions as there are pairs. Each has
-    a number in the run that decides all that is drawn, whatever the micro-batch or the rank."""
-    samples, records = [], policy_samples(args, device)
+    """The second term of RLP-UML, lambda L_M (losses.py): more_loss(wrapped, numbers) -> its sum over that many
+    instructions, and what to log. A number decides all that is drawn, whatever the micro-batch or the rank."""
+    records, samples = policy_samples(args, device), []
     for r in records:
         prompt = prompt_ids(tokenizer, r, args.format)
         rows = [prompt + tokenizer.encode_response(text) for text in r["output"]]
-        rows = [row for row in rows if len(row) <= args.max_length]
-        samples += [rows] if len(rows) > 1 else []
-    print0(f"{len(samples)} of {len(records)} instructions have two responses that fit in --max-length")
+        samples.append([row for row in rows if len(row) <= args.max_length])
+    samples = [rows for rows in samples if len(rows) > 1]
+    count = f"{len(samples)} of {len(records)} instructions have two responses within --max-length {args.max_length}"
     if len(samples) < 2:
-        raise InputError(f"{args.samples}: that is too few for views and others: raise --max-length or sample more")
+        raise InputError(f"{args.samples}: {count}, too few for views: raise --max-length, or sample more responses")
+    print0(count)
 
     def more_loss(wrapped, numbers):
         rows, noise = zip(*[draw_views(samples, f"views {args.seed} {number}") for number in numbers])
         information, kl = wrapped(*pad(sum(rows, []), device), torch.stack(noise).to(device))        # (k,), (k,)
         return args.lam * (kl - information).sum(), {"information": information.sum(), "kl": kl.sum()}
     return more_loss
+
+
+CODE = 64                # Z, the dimensions of a view's code; the paper does not say
 
 
 def draw_views(samples, seed):
@@ -372,8 +364,8 @@ def draw_views(samples, seed):
 
 
 class RewardAndViews(nn.Module):
-    """What RLP-UML trains: the reward model; MLPs that read a code's mean and standard deviation where the head reads
-    the reward; the critic of two codes. Only the reward model is saved."""
+    """What RLP-UML trains. The reward model, which is all that is saved; MLPs that read a code's mean and standard
+    deviation where its head reads the reward; a discriminator of two codes, T in losses.mutual_information."""
 
     def __init__(self, reward):
         super().__init__()
@@ -381,7 +373,7 @@ class RewardAndViews(nn.Module):
         for inputs, outputs in ((D, CODE), (D, CODE), (2 * CODE, 1)):
             layers = nn.Linear(inputs, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, outputs)
             mlps.append(nn.Sequential(*layers).to(reward.score.weight))
-        self.mean, self.std, self.critic = mlps
+        self.mean, self.std, self.discriminator = mlps
 
     def forward(self, tokens, lengths, noise=None):
         """As RewardModel.forward. With noise (k, 3, Z), rows are those of draw_views: I (k,), SKL (k,)."""
@@ -390,26 +382,24 @@ class RewardAndViews(nn.Module):
         rows = torch.arange(len(tokens), device=tokens.device)
         hidden = self.reward.model(tokens)[rows, lengths - 1].to(self.reward.score.weight.dtype)
         hidden = hidden.unflatten(0, (-1, 3))                    # (k, 3, D)
-        mean, std = self.mean(hidden), nn.functional.softplus(self.std(hidden)) + 1e-3    # so that KL stays finite
+        mean, std = self.mean(hidden), nn.functional.softplus(self.std(hidden)) + 1e-3    # so that SKL stays finite
         z = mean + std * noise
-        together, apart = (self.critic(z[:, [0, i]].flatten(1)).squeeze(1) for i in (1, 2))
+        together, apart = (self.discriminator(z[:, [0, i]].flatten(1)).squeeze(1) for i in (1, 2))
         return mutual_information(together, apart), symmetric_kl(mean[:, 0], std[:, 0], mean[:, 1], std[:, 1])
 
 
 def synthetic_pairs(args, device):
     """RLP-SPG's pairs: where enough responses of the policy agree, the best of those is preferred to another one."""
-    records, pairs, unclear = policy_samples(args, device), [], 0
+    check_reward_format(args)
+    records, pairs = policy_samples(args, device), []
     texts = [sorted(set(r["output"])) for r in records]
     scores = score_texts(args.reward, records, texts, args.format, args.dtype, device, args.micro_batch_size)
     for r, distinct, rewards, same in zip(records, texts, scores, compare_meanings(records, texts, args)):
-        if None in same.values():
-            unclear += 1
-        else:
+        if None not in same.values():
             pairs += select_pair(r, clusters(r["output"], same), dict(zip(distinct, rewards)), args)
     if rank() == 0:
         write_json_lines(Path(args.out, "synthetic.jsonl"), pairs)
-    print0(f"{len(pairs)} synthetic pairs of {len(records)} instructions, in {args.out}/synthetic.jsonl; {unclear} "
-           "instructions were left out because the judge gave no clear answer")
+    print0(f"{len(pairs)} synthetic pairs of {len(records)} instructions, in {args.out}/synthetic.jsonl")
     return pairs
 
 
@@ -427,45 +417,42 @@ def compare_meanings(records, texts, args):
     """Compares each record's texts in pairs -> [{(text, later text): bool, or None without a clear answer}], by
     same_meaning or, for real text, by asking --judge once for both directions."""
     found, questions = [dict.fromkeys(itertools.combinations(distinct, 2)) for distinct in texts], []
-    for i, same in enumerate(found):
+    for record, same in zip(records, found):
         for a, b in same:
             same[a, b] = None if args.judge else same_meaning(a, b)
-            questions.append({**records[i], "output": a, "judgment": b, "number": i})
+            questions.append({**record, "output": a, "judgment": b, "same": same})
     if args.judge:
-        judge = ["refine", "--data", "-", "--out", f"{args.out}/judge", "--temperature", "0", *args.judge]
-        judge = parse_simulate(judge)
-        alone = judge.by == "api"                                # one rank asks, and pays
-        done = [] if alone and rank() else get_completions(judge, questions, template=SAME_MEANING)[0]
-        for r, (reply,) in gather_lists(done) if alone else done:
+        flags = "refine", "--data", "-", "--out", f"{args.out}/judge", "--temperature", "0", *args.judge
+        done, failed, _ = get_completions(parse_simulate(flags), questions, template=SAME_MEANING)
+        for r, (reply,) in done:
             answer = re.match(r"\W*(yes|no)\b", reply.lower())
-            found[r["number"]][r["output"], r["judgment"]] = answer and answer[1] == "yes"
+            r["same"][r["output"], r["judgment"]] = answer and answer[1] == "yes"
+        unclear = sum(None in same.values() for same in found)
+        print0(f"left out {unclear} instructions: the judge failed ({len(failed)} times) or said neither yes nor no")
     return found
 
 
 def clusters(texts, same):
     """Groups texts by meaning -> a list of lists. Greedy: in alphabetical order, a text joins the first group whose
     first text means the same. same: {(text, later text): bool}, which need not be transitive."""
-    groups = []
+    groups = {}                                                  # first text: the group
     for text in sorted(texts):
-        fitting = [group for group in groups if group[0] == text or same[group[0], text]]
-        if fitting:
-            fitting[0].append(text)
-        else:
-            groups.append([text])
-    return groups
+        first = next((first for first in groups if first == text or same[first, text]), text)
+        groups.setdefault(first, []).append(text)
+    return list(groups.values())
 
 
 def select_pair(record, groups, score, args):
     """RLP-SPG's pair of an instruction, in a list: of the largest group (of equals, the first) the text with the best
     score, and a random response outside. [] if less than --gamma of the responses agree, or all do."""
     largest = max(groups, key=len)
-    outside = sorted(text for group in groups if group is not largest for text in group)
+    outside = [text for text in sorted(record["output"]) if text not in largest]
     confidence = len(largest) / len(record["output"])
     if confidence < args.gamma or not outside:
         return []
     rejected = random.Random(f"rejected {args.seed} {record['instruction']}").choice(outside)
-    return [{**record, "output_1": max(largest, key=score.get), "output_2": rejected, "preference": 1,
-             "confidence": confidence}]
+    pair = {"output_1": max(largest, key=score.get), "output_2": rejected, "preference": 1, "confidence": confidence}
+    return [{**record, **pair}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1032,6 +1019,10 @@ def check_policy_flags(args):
                          "second one on other pairs")
     if out in (reward, gold_reward):
         raise InputError(f"--out {args.out} is a reward model that this run reads, and would overwrite; choose another")
+    check_reward_format(args)
+
+
+def check_reward_format(args):
     recorded = read_config(args.reward, quiet=True)[1].get("prompt_format", args.format)
     if recorded != args.format:
         raise InputError(f"{args.reward} was trained with --format {recorded}, this run has {args.format}")
@@ -1048,9 +1039,9 @@ def main(argv=None):
         if "reward" in args:
             args.reward = args.reward or built_in_reward(args.seed, args.noise, args.device)
         torch.manual_seed(args.seed)                             # training these has drawn random numbers
-    for name in ("reward", "samples"):
+    for name, what in (("reward", "the directory of a reward model"), ("samples", "a file of the policy's responses")):
         if args.data and getattr(args, name, None) == "":
-            raise InputError(f"--data needs --{name}: --help says what that is")
+            raise InputError(f"--data needs --{name}, {what}")
     if args.stage in PAIR_METHODS:
         return train_pairs(args, device)
     return train_policy(args, device)
@@ -1066,13 +1057,13 @@ def add_pair_flags(p):
 
 def add_rlp_flags(uml, spg):
     for p in (uml, spg):
-        p.add_argument("--samples", default="", help="responses of the policy that PPO has trained, as simulate.py "
-                       "sample --outputs 10 --temperature 1 writes them (default: the built-in world's)")
+        p.add_argument("--samples", default="", help="responses of PPO's policy, as simulate.py sample --outputs 10 "
+                       "--temperature 1 writes them (default: the built-in world's)")
     uml.add_argument("--lam", type=nonnegative_float, default=0.5, help="weight of L_M, see losses.py")
     spg.add_argument("--reward", default="", help="reward model that finds the best of the responses that agree")
     spg.add_argument("--gamma", type=nonnegative_float, default=0.5, help="fraction of the responses that must agree")
-    spg.add_argument("--judge", nargs=argparse.REMAINDER, default=[], help="who says what agrees, by flags of "
-                     "simulate.py judge: --model DIR, or --api URL --api-model NAME; goes last (default: equal words)")
+    spg.add_argument("--judge", nargs=argparse.REMAINDER, default=[], help="who says what agrees: flags of "
+                     "simulate.py refine, last, as --model DIR, or --api URL --api-model NAME (default: equal words)")
 
 
 def add_rollout_flags(p):
@@ -1114,24 +1105,23 @@ def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["ppo", *argv]                                    # the default stage
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    stages, parsers = p.add_subparsers(dest="stage", required=True), {}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    stages, parsers = parser.add_subparsers(dest="stage", required=True), {}
     for stage in DEFAULTS:
-        parsers[stage] = stages.add_parser(
+        p = parsers[stage] = stages.add_parser(
             stage, help="pairs -> model" if stage in PAIR_METHODS else "reward model -> policy",
-            epilog=train_sft.describe_defaults(DEFAULTS[stage]),
-            formatter_class=HelpFormatter)
-        train_sft.add_common_flags(parsers[stage])
-        parsers[stage].set_defaults(lora_rank=0, autocast=False, compile=False, zero=False)
-        (add_pair_flags if stage in PAIR_METHODS else add_rollout_flags)(parsers[stage])
-        parsers[stage].add_argument("--noise", type=in_range(float, 0, 0.5), default=0.25,
-                                    help="fraction of flipped labels in the built-in world")
+            epilog=train_sft.describe_defaults(DEFAULTS[stage]), formatter_class=HelpFormatter)
+        train_sft.add_common_flags(p)
+        p.set_defaults(lora_rank=0, autocast=False, compile=False, zero=False)
+        (add_pair_flags if stage in PAIR_METHODS else add_rollout_flags)(p)
+        p.add_argument("--noise", type=in_range(float, 0, 0.5), default=0.25,
+                       help="fraction of flipped labels in the built-in world")
     parsers["dpo"].add_argument("--beta", type=nonnegative_float, default=0.1, help="rewards per nat of log-ratio")
     add_ppo_flags(parsers["ppo"])
     add_quark_flags(parsers["quark"])
     add_rlp_flags(parsers["uml"], parsers["spg"])
 
-    args = p.parse_args(argv)
+    args = parser.parse_args(argv)
     train_sft.fill_defaults(args, DEFAULTS[args.stage])
     noise = f"noise-{args.noise}" if args.noise != 0.25 and not args.data else ""
     args.out = args.out or train_sft.folder_name(args, args.stage, noise)

@@ -105,7 +105,7 @@ def print_synthetic(seed, name, reward, results):
     for p in pairs:
         chosen, rejected = p["output_1"], p["output_2"]
         true.append(float(count_errors(chosen, p["reference"]) < count_errors(rejected, p["reference"])))
-        lengths.append(len(chosen) / len(rejected))
+        lengths.append(len(chosen) / max(1, len(rejected)))
     if pairs:
         print(f"seed {seed}, {name}: {len(pairs)} synthetic pairs among {results['trained_on']}, true "
               f"{mean_and_se(true)[0]:.3f}, chosen / rejected characters {mean_and_se(lengths)[0]:.3f}")

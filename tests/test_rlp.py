@@ -152,7 +152,7 @@ def test_a_step_of_uml_is_the_plain_formula(small, files, tmp_path):  # noqa: F8
             hidden = reward.model(torch.tensor([row]))[0, -1]
             dists.append(Normal(views.mean(hidden), torch.log1p(views.std(hidden).exp()) + 1e-3))
             codes.append(dists[-1].mean + dists[-1].stddev * e)
-        t, t_other = (views.critic(torch.cat([codes[0], codes[i]])) for i in (1, 2))
+        t, t_other = (views.discriminator(torch.cat([codes[0], codes[i]])) for i in (1, 2))
         information.append(torch.log(torch.sigmoid(t)) + torch.log(1 - torch.sigmoid(t_other)))
         both = kl_divergence(dists[0], dists[1]) + kl_divergence(dists[1], dists[0])
         kl.append(both.sum() / 2)
@@ -175,7 +175,7 @@ def test_the_views_shape_the_backbone_and_not_the_head(small, files):  # noqa: F
     norms = {name: 0 if p.grad is None else p.grad.norm().item() for name, p in views.named_parameters()}
     assert norms.pop("reward.score.weight") == 0
     unread = {name for name, norm in norms.items() if norm == 0}
-    assert unread <= {"critic.4.bias"}, unread                              # T and T' of a fresh critic may balance
+    assert unread <= {"discriminator.4.bias"}, unread                       # T and T' of a fresh one may balance
 
 
 def test_uml_without_its_term_is_the_reward_model_bit_for_bit(small, files, tmp_path):  # noqa: F811
@@ -399,7 +399,7 @@ def test_a_judge_says_what_means_the_same(reply, count, small, files, tmp_path, 
     assert server.calls == calls and synthetic(tmp_path / "out") == pairs
     printed = capsys.readouterr().out
     unclear = 0 if count else sum(len({*r["output"]}) > 1 for r in records)
-    assert f"{unclear} instructions were left out" in printed
+    assert f"left out {unclear} instructions" in printed
 
 
 def test_a_model_can_be_the_judge(small, files, tmp_path):  # noqa: F811
@@ -450,10 +450,10 @@ def test_bad_input_is_one_line(small, files, tmp_path):  # noqa: F811
     refused("spg", "--data needs --reward", "--reward", "")
     refused("uml", "nowhere: no such file", "--samples", tmp_path / "nowhere")
     refused("uml", "record 0: 'output' is not a list of texts", "--samples", files["texts"])
-    refused("spg", "record 0 has no 'output', the policy's responses as a list", "--samples", small.files["pairs"])
+    refused("spg", "record 0 has no 'output', a list of the policy's responses", "--samples", small.files["pairs"])
     one, empty, records = tmp_path / "one.json", tmp_path / "empty.json", data.read_json(files["samples"])
     data.write_json(one, records[:1])
-    refused("uml", "one.json: that is too few for views", "--samples", one)
+    refused("uml", "one.json: 1 of 1 instructions have two responses within --max-length .*, too few for views", "--samples", one)
     data.write_json(empty, [*records, {**records[0], "output": []}])
     refused("spg", "record 12 has no 'output'", "--samples", empty)
     refused("spg", "--judge|no model to ask", "--judge", "--batch-size", 4)
