@@ -640,13 +640,10 @@ def quark_update(models, wrapped, rollouts, run, lr, step, task, args):
     truncated = torch.tensor([r.response[-1] != task.tokenizer.eos for r in rollouts])
     groups = quantiles(raw - args.ending_penalty * raw.std(unbiased=False) * truncated, args.count)
     rows = []                                                    # (rollout, prompt to train on)
-    if args.quantiles == "best":
-        rows = [(rollouts[i], rollouts[i].prompt) for i in groups[0]]
-    else:
-        for control, group in enumerate(groups):
-            for i in group:
-                prompt = control_prompt(task.tokenizer, rollouts[i].prompt, control)
-                rows.append((rollouts[i], prompt))
+    for control, group in zip([None] if args.quantiles == "best" else range(args.count), groups):
+        for i in group:
+            prompt = control_prompt(task.tokenizer, rollouts[i].prompt, control)
+            rows.append((rollouts[i], prompt))
 
     for batch in shuffled_batches(rows, step, args):
         n_tokens = sum(len(r.response) for r, _ in batch)        # over all ranks
@@ -827,16 +824,13 @@ def save_if_best(policy, curve, path):
 
 def write_samples(path, step, asked, rollouts, task):
     """Writes 20 rollouts as text: metrics alone hide what the policy says."""
-    rows = []
-    for r in rollouts[:20]:
-        rows.append({
+    if rank() == 0:
+        write_json_lines(path, [{
             "step": step,
             "instruction": asked[r.number]["instruction"],
             "score": r.score,
             "output": task.tokenizer.decode_response(r.response),
-        })
-    if rank() == 0:
-        write_json_lines(path, rows)
+        } for r in rollouts[:20]])
 
 
 def evaluate_and_save(policy, task, run, args, device):

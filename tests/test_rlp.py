@@ -364,6 +364,8 @@ def test_spg_trains_on_both_and_holds_out_what_people_have_labelled(small, files
         agree = [text for text in r["output"] if set(data.units(text)) == set(data.units(p["output_1"]))]
         assert p["confidence"] == len(agree) / 4 >= .5 and p["output_2"] not in agree
         assert score[p["output_1"]] == max(score[text] for text in agree)
+    args.held_out = 1000
+    assert train_ppo.load_pairs(args, CPU)[2] == plain + plain_held_out     # more than there are, none synthetic
     run(small, files, "spg", tmp_path / "none", "--gamma", 1.1)             # no pair: the reward model of the pairs
     run(small, files, "reward", tmp_path / "reward")
     assert_equal_runs(tmp_path / "none", tmp_path / "reward", kind=RewardModel)
@@ -400,6 +402,15 @@ def test_a_judge_says_what_means_the_same(reply, count, small, files, tmp_path, 
     printed = capsys.readouterr().out
     unclear = 0 if count else sum(len({*r["output"]}) > 1 for r in records)
     assert f"left out {unclear} instructions" in printed
+
+
+def test_an_api_is_not_asked_by_torchrun(small, files, tmp_path, monkeypatch):  # noqa: F811
+    """Ranks that go on without answers, or wait for them for ever, while the first one is refused."""
+    argv_ = argv(small, files, "spg", tmp_path, "--judge", "--api", "http://localhost:1", "--api-model", "m")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_ppo, "rank", lambda: 1)
+    with pytest.raises(InputError, match="without torchrun"):
+        train_ppo.compare_meanings([{"instruction": "x"}], [["a", "b"]], train_ppo.parse(argv_))
 
 
 def test_a_model_can_be_the_judge(small, files, tmp_path):  # noqa: F811
@@ -448,12 +459,13 @@ def test_bad_input_is_one_line(small, files, tmp_path):  # noqa: F811
 
     refused("uml", "--data needs --samples", "--samples", "")
     refused("spg", "--data needs --reward", "--reward", "")
+    refused("spg", "was trained with --format short, this run has alpaca", "--format", "alpaca")
     refused("uml", "nowhere: no such file", "--samples", tmp_path / "nowhere")
     refused("uml", "record 0: 'output' is not a list of texts", "--samples", files["texts"])
     refused("spg", "record 0 has no 'output', a list of the policy's responses", "--samples", small.files["pairs"])
     one, empty, records = tmp_path / "one.json", tmp_path / "empty.json", data.read_json(files["samples"])
     data.write_json(one, records[:1])
-    refused("uml", "one.json: 1 of 1 instructions have two responses within --max-length .*, too few for views", "--samples", one)
+    refused("uml", "one.json: 1 of 1 instructions have two responses .*, too few", "--samples", one)
     data.write_json(empty, [*records, {**records[0], "output": []}])
     refused("spg", "record 12 has no 'output'", "--samples", empty)
     refused("spg", "--judge|no model to ask", "--judge", "--batch-size", 4)
