@@ -340,10 +340,10 @@ def view_loss(tokenizer, args, device):
         rows = [prompt + tokenizer.encode_response(text) for text in r["output"]]
         samples.append([row for row in rows if len(row) <= args.max_length])
     samples = [rows for rows in samples if len(rows) > 1]
-    count = f"{len(samples)} of {len(records)} instructions have two responses within --max-length {args.max_length}"
+    print0(f"{len(samples)} of {len(records)} instructions have two responses within --max-length {args.max_length}")
     if len(samples) < 2:
-        raise InputError(f"{args.samples}: {count}, too few for views: raise --max-length, or sample more responses")
-    print0(count)
+        raise InputError(f"{args.samples}: views need two instructions with two responses within --max-length "
+                         f"{args.max_length}, there are {len(samples)}: raise it, or sample more responses")
 
     def more_loss(wrapped, numbers):
         rows, noise = zip(*[draw_views(samples, f"views {args.seed} {number}") for number in numbers])
@@ -380,7 +380,7 @@ class RewardAndViews(nn.Module):
         if noise is None:
             return self.reward(tokens, lengths)
         rows = torch.arange(len(tokens), device=tokens.device)
-        hidden = self.reward.model(tokens)[rows, lengths - 1].to(self.reward.score.weight.dtype)
+        hidden = self.reward.model(tokens)[rows, lengths - 1].to(self.reward.score.weight)
         hidden = hidden.unflatten(0, (-1, 3))                    # (k, 3, D)
         mean, std = self.mean(hidden), nn.functional.softplus(self.std(hidden)) + 1e-3    # so that SKL stays finite
         z = mean + std * noise

@@ -55,18 +55,18 @@ def test_symmetric_kl_is_0_only_for_equal_codes():
 
 
 def test_mutual_information_is_bounded_by_the_jensen_shannon_divergence():
-    """A sign, or the softplus of the two kinds of pairs exchanged: the best critic, log p(a, b) / p(a)p(b), reaches
-    2 JSD - 2 ln 2 exactly, any other one less, and one that knows nothing has -2 ln 2."""
+    """A sign, or the softplus of the two kinds of pairs exchanged: the best discriminator, log p(a, b) / p(a)p(b),
+    reaches 2 JSD - 2 ln 2 exactly, any other one less, and one that knows nothing has -2 ln 2."""
     joint = torch.tensor([[.4, .1, .02], [.05, .2, .23]], dtype=F64)
     product = joint.sum(1, keepdim=True) * joint.sum(0)
     middle = (joint + product) / 2
     jsd = ((joint * (joint / middle).log()).sum() + (product * (product / middle).log()).sum()) / 2
 
-    def estimate(critic):                                                   # each kind of pair under its own measure
-        zero = torch.zeros_like(critic)
+    def estimate(logits):                                                   # each kind of pair under its own measure
+        zero = torch.zeros_like(logits)
         near(losses.mutual_information(zero, zero), torch.full_like(zero, -2 * math.log(2)), 1e-12)
-        together = losses.mutual_information(critic, zero) + math.log(2)
-        apart = losses.mutual_information(zero, critic) + math.log(2)
+        together = losses.mutual_information(logits, zero) + math.log(2)
+        apart = losses.mutual_information(zero, logits) + math.log(2)
         return (joint * together + product * apart).sum()
 
     best = (joint / product).log()
@@ -82,7 +82,7 @@ def test_mutual_information_is_bounded_by_the_jensen_shannon_divergence():
 
 
 def test_views_are_two_responses_to_one_instruction_and_one_to_another():
-    """A response with itself as the other view, a critic's negative of the same instruction, draws that favour one, or
+    """A response with itself as the other view, a negative of the same instruction, draws that favour one, or
     noise that is not standard normal. (Expected counts are 250 and 50; five deviations are allowed.)"""
     samples = [[(i, j) for j in range(4)] for i in range(6)]
     drawn = [train_ppo.draw_views(samples, f"views 3 {n}") for n in range(1500)]
@@ -133,7 +133,7 @@ def views_of(small, args):  # noqa: F811
 
 
 def test_a_step_of_uml_is_the_plain_formula(small, files, tmp_path):  # noqa: F811
-    """A code read at padding or at another token than the reward's, one noise for both views, scores of the critic
+    """A code read at padding or at another token than the reward's, one noise for both views, the two scores
     exchanged, a term that is not the mean over instructions, or lambda on the wrong one."""
     more = ["--steps", 1, "--batch-size", 22, "--dtype", "float64", "--lam", .3]
     line, = run(small, files, "uml", tmp_path / "out", *more)
@@ -220,9 +220,9 @@ def test_two_processes_train_what_one_does(small, files, tmp_path):  # noqa: F81
         assert_equal_runs(tmp_path / "one" / stage, tmp_path / "two" / stage, 1e-8, RewardModel)
 
 
-def test_the_critic_finds_what_views_share(small):  # noqa: F811
-    """Codes that lose the instruction, negatives that are positives, or a critic of one code only: on codes of a fixed
-    backbone it rises above -2 ln 2 when views are equal, and stays there when views are of any two instructions."""
+def test_the_discriminator_finds_what_views_share(small):  # noqa: F811
+    """Codes that lose the instruction, negatives that are positives, or a discriminator of one code only: on codes of a
+    fixed backbone it rises above -2 ln 2 when views are equal, and stays there when they are of any two instructions."""
     tokenizer = data.Tokenizer.from_pretrained(small.base)
     records = data.World(9).instructions("train", 40, "critic")
     texts = [r["reference"] for r in records]
@@ -465,7 +465,7 @@ def test_bad_input_is_one_line(small, files, tmp_path):  # noqa: F811
     refused("spg", "record 0 has no 'output', a list of the policy's responses", "--samples", small.files["pairs"])
     one, empty, records = tmp_path / "one.json", tmp_path / "empty.json", data.read_json(files["samples"])
     data.write_json(one, records[:1])
-    refused("uml", "one.json: 1 of 1 instructions have two responses .*, too few", "--samples", one)
+    refused("uml", "one.json: views need two instructions .*, there are 1:", "--samples", one)
     data.write_json(empty, [*records, {**records[0], "output": []}])
     refused("spg", "record 12 has no 'output'", "--samples", empty)
     refused("spg", "--judge|no model to ask", "--judge", "--batch-size", 4)
