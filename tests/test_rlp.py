@@ -221,8 +221,8 @@ def test_two_processes_train_what_one_does(small, files, tmp_path):  # noqa: F81
 
 
 def test_the_discriminator_finds_what_views_share(small):  # noqa: F811
-    """Codes that lose the instruction, negatives that are positives, or a discriminator of one code only: on codes of a
-    fixed backbone it rises above -2 ln 2 when views are equal, and stays there when they are of any two instructions."""
+    """Codes that lose the instruction, negatives that are positives, or a discriminator of one code only: on codes of
+    a fixed backbone it rises above -2 ln 2 when views are equal, and stays there when they are of any instructions."""
     tokenizer = data.Tokenizer.from_pretrained(small.base)
     records = data.World(9).instructions("train", 40, "critic")
     texts = [r["reference"] for r in records]
