@@ -143,7 +143,7 @@ def measure_seed(seed, args):
             shape = shape_of(text, n)
             if shape[1] * shape[2] > n:
                 continue
-            decoder = functools.partial(grow_tree, models.dpo, *shape)
+            decoder = functools.partial(grow_tree, models.dpo, shape)
             found = kept(folder / f"tree-{n}-{text}.json", lambda: measure(models, n, decoder))
             results[n, text] = {**found, **outcome(models, found, n)}
             r, b = results[n, text], results[n, "best-of-n"]
