@@ -238,7 +238,7 @@ def make_built_in(args):
     for stage in ("dpo", "reward"):
         out = Path(f"out/{stage}-{args.seed}")
         finished = (out / "config.json").is_file() and not (out / "resume.pt").is_file()
-        if getattr(args, stage) == str(out) and not finished:
+        if Path(getattr(args, stage)) == out and not finished:
             flags = [stage, "--seed", str(args.seed), "--device", args.device, "--resume"]
             if world_size() > 1 or subprocess.run([sys.executable, script, *flags]).returncode:
                 raise InputError(f"{out} is not finished: make it with python {script} {stage} --seed {args.seed}")

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench_tree  # noqa: E402
 import data  # noqa: E402
 import simulate  # noqa: E402
 from conftest import finish, torchrun  # noqa: E402
@@ -306,6 +307,17 @@ def test_another_vocabulary(directories, tmp_path):
     LLaMA(config).save_pretrained(tmp_path / "other")
     with pytest.raises(data.InputError, match="vocabulary"):
         sample([directories[0], str(tmp_path / "other"), *directories[2:]], tmp_path / "o.jsonl", "--tree", "2", "2")
+
+
+def test_the_bench_prints_its_table(directories, tmp_path, monkeypatch, capsys):
+    """README's figures are measured by a script that nobody has run since its imports changed."""
+    model, dpo, reward, _ = directories
+    stages = {"dpo": dpo, "reward": reward}
+    monkeypatch.setattr(bench_tree, "built_in", lambda *args: model)
+    monkeypatch.setattr(bench_tree.train_ppo, "built_in_stage", lambda stage, *args: stages[stage])
+    flags = ["--seeds", "3", "4", "--count", "40", "--n", "4", "--shapes", "2x2", "--out", str(tmp_path)]
+    assert bench_tree.main(flags) == 0
+    assert "| 4 | 2x2 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
