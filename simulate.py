@@ -214,7 +214,7 @@ def prune(ids, grown, scores, n, children, keep, eos):
     ids: of the branches by slot, n slots a prompt. grown: the slots of this layer; other branches finished before."""
     parents = {}
     for prompt, slots in itertools.groupby(ids, key=lambda slot: slot // n):
-        # Branches that have finished and were kept stay. Rounded: equal branches may differ in the last digits.
+        # First those that finished earlier, which stay. Rounded: equal branches may differ in the last digits.
         best = sorted(slots, key=lambda slot: (slot in grown, -round(scores[slot], 4)))[:keep]
         for place, parent in enumerate(sorted(best)):
             for child in range(1 if ids[parent][-1] == eos else children):
