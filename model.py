@@ -574,14 +574,10 @@ def prefill(model, prompts, max_new_tokens, n=1):
     cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype)
     hidden = model.model(tokens, cache)                                     # (B, T, D)
     cache.lengths = lengths
-    rows = torch.arange(B, device=weight.device)
-    hidden = hidden[rows, lengths - 1]                                      # (B, D), at the last real position
-    if n > 1:
-        rows = rows.repeat_interleave(n)                                    # each prompt's row, n times
-        cache.select(rows)
-        cache.rows = torch.arange(len(rows), device=weight.device)
-        hidden = hidden[rows]
-    return cache, hidden
+    rows = torch.arange(B, device=weight.device).repeat_interleave(n)       # each prompt's row, n times
+    cache.select(rows)
+    cache.rows = torch.arange(B * n, device=weight.device)
+    return cache, hidden[rows, lengths[rows] - 1]                           # at the last real position
 
 
 @torch.no_grad()
