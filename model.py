@@ -593,11 +593,10 @@ def decode(model, cache, hidden, u, eos, choose, progress=None, logp=None):
     out = torch.full(u.shape, eos, device=weight.device)
     finished = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(steps):
-        logits = hidden @ weight.T                                          # (rows, V)
-        token = choose(logits, u[cache.rows, t])                            # (rows,)
+        token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
         out[cache.rows, t] = token                          # what follows a row's first EOS is removed at the end
         if logp is not None:
-            logp[cache.rows, t] = logits.to(logp.dtype).log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+            logp[cache.rows, t] = fused_logp(hidden, weight, token).to(logp.dtype)
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):

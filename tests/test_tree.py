@@ -132,8 +132,10 @@ def test_trees_depend_on_their_prompt_only(model, dpo):
     assert grown(model, dpo, [PROMPTS[4], PROMPTS[1]], rows=[4, 1], **shape) == [expected[4], expected[1]]
 
 
-def test_equal_models_keep_the_first(model):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_equal_models_keep_the_first(dtype):
     """With the reference as the DPO model every score is 0: rounding errors decide, or not the first stay."""
+    model = talker(1).to(dtype)
     plain = generate(model, PROMPTS, STEPS, -1, n=N)
     tree = grown(model, model, layers=3, children=4, keep=2, eos=-1)
     for leaves, samples in zip(tree, plain):
