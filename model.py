@@ -176,7 +176,7 @@ class Backbone(nn.Module):
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)         # (T,)
         else:
-            positions = cache.positions                                     # (B, T)
+            positions = cache.begin(tokens.shape[1])                        # (B, T)
         cos, sin = rope_tables(positions, c.head_dim, c.rope_theta, x.dtype)
         checkpoint = self.checkpoint and cache is None and torch.is_grad_enabled()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
@@ -511,16 +511,17 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.rows = torch.arange(rows, device=device)   # the numbers of the rows that are still here
         self.end = 0                                    # the longest row; a Python int spares a device sync a step
-        self.positions = None
 
     def begin(self, count):
-        """Announces `count` new tokens a row; their positions (B, T) follow each row's own length."""
+        """Announces `count` new tokens a row; returns their positions (B, T), which follow each row's own length."""
         device = self.lengths.device
         self.positions = self.lengths.unsqueeze(1) + torch.arange(count, device=device)
+        self.lengths = self.lengths + count
         self.end += count
         # Key s is visible to a token at position p if s <= p: causality among the new tokens, and no padding.
         visible = torch.arange(self.end, device=device) <= self.positions.unsqueeze(-1)     # (B, T, S)
         self.mask = visible.unsqueeze(1)                                    # (B, 1, T, S)
+        return self.positions
 
     def update(self, layer, k, v):
         """Stores k, v (B, Hkv, T, hd) at the announced positions; returns all keys and values so far, and the mask."""
@@ -565,59 +566,37 @@ def sample_token(logits, u, temperature, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def read(model, cache, tokens):
-    """Reads T more tokens of every row of the cache: (rows, T) -> hidden (rows, T, D), each of the token after it."""
-    cache.begin(tokens.shape[1])
-    hidden = model.model(tokens, cache)
-    cache.lengths = cache.lengths + tokens.shape[1]
-    return hidden
-
-
-@torch.no_grad()
-def read_logp(model, cache, hidden, tokens):
-    """Log-probabilities of T new tokens in one pass: hidden (rows, D) of the first one, tokens (rows, T) -> (rows, T).
-    As after `decode`, the last one is not in the cache yet."""
-    hidden = torch.cat([hidden.unsqueeze(1), read(model, cache, tokens[:, :-1])], dim=1)       # (rows, T, D)
-    return fused_logp(hidden.flatten(0, 1), model.lm_head.weight, tokens.flatten()).view_as(tokens)
-
-
-@torch.no_grad()
 def prefill(model, prompts, max_new_tokens, n=1):
     """Reads B prompts in one pass -> (cache with n rows for each, hidden (B * n, D) that predicts each first token)."""
     weight = model.lm_head.weight
     tokens, lengths = pad(prompts, weight.device)                           # (B, T), (B,)
     B, T = tokens.shape
     cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype)
-    hidden = read(model, cache, tokens)                                     # (B, T, D)
+    hidden = model.model(tokens, cache)                                     # (B, T, D)
     cache.lengths = lengths
-    rows = torch.arange(B, device=weight.device)
-    hidden = hidden[rows, lengths - 1]                                      # (B, D), at the last real position
-    if n > 1:
-        rows = rows.repeat_interleave(n)                                    # each prompt's row, n times
-        cache.select(rows)
-        hidden = hidden[rows]
-    return cache, hidden
+    rows = torch.arange(B, device=weight.device).repeat_interleave(n)       # each prompt's row, n times
+    cache.select(rows)
+    cache.rows = torch.arange(B * n, device=weight.device)
+    return cache, hidden[rows, lengths[rows] - 1]                           # at the last real position
 
 
 @torch.no_grad()
 def decode(model, cache, hidden, u, eos, choose, progress=None, logp=None):
     """Samples one token after the other until every row has finished (EOS) or u (rows, steps) has no more columns.
 
-    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row, EOS included, as lists. To go
-    on with the same cache: cache.rows says which rows it still holds, and the last token of each is not in it yet.
-    `logp`, if given, is a tensor (rows, steps) that takes the log-probabilities of the new ids at temperature 1.
+    choose(logits (rows, V), u (rows,)) -> ids (rows,). Returns the new ids of each row of the cache, EOS included, as
+    lists. To go on with it: cache.rows says which rows are left, and the last token of each is not in it yet. `logp`
+    (rows, steps), if given, takes the log-probabilities of the new ids at temperature 1.
     """
     weight = model.lm_head.weight
-    rows, steps = u.shape
-    out = torch.full((rows, steps), eos, device=weight.device)
-    cache.rows = torch.arange(rows, device=weight.device)                   # the rows still in the batch
-    finished = torch.zeros(rows, dtype=torch.bool, device=weight.device)
+    rows, steps = cache.rows, u.shape[1]
+    out = torch.full(u.shape, eos, device=weight.device)
+    finished = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(steps):
-        logits = hidden @ weight.T                                          # (rows, V)
-        token = choose(logits, u[cache.rows, t])                            # (rows,)
+        token = choose(hidden @ weight.T, u[cache.rows, t])                 # (rows,)
         out[cache.rows, t] = token                          # what follows a row's first EOS is removed at the end
         if logp is not None:
-            logp[cache.rows, t] = logits.to(logp.dtype).log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+            logp[cache.rows, t] = fused_logp(hidden, weight, token).to(logp.dtype)
         finished = finished | (token == eos)
         count = int(finished.sum())
         if t + 1 == steps or count == len(finished):
@@ -629,17 +608,23 @@ def decode(model, cache, hidden, u, eos, choose, progress=None, logp=None):
             cache.select(stay)
             if progress:
                 progress(count)
-        hidden = read(model, cache, token.unsqueeze(1))[:, -1]              # (rows, D)
+        hidden = model.model(token.unsqueeze(1), cache)[:, -1]              # (rows, D)
     if progress:
         progress(len(finished))
-    ids = out.tolist()
+    ids = out[rows].tolist()
     return [row[:row.index(eos) + 1] if eos in row else row for row in ids]
+
+
+def read_logp(model, cache, hidden, tokens):
+    """Log-probabilities of each row's next tokens (rows, T), the first of which hidden (rows, D) predicts -> (rows, T).
+    As after `decode`, the last token is not in the cache yet."""
+    hidden = torch.cat([hidden.unsqueeze(1), model.model(tokens[:, :-1], cache)], dim=1)       # (rows, T, D)
+    return fused_logp(hidden.flatten(0, 1), model.lm_head.weight, tokens.flatten()).view_as(tokens)
 
 
 def sample_rows(model, prompts, u, eos, choose, progress=None):
     """The decoder of plain sampling: u (B * n, steps) -> n independent responses to each prompt, B * n lists of ids."""
-    cache, hidden = prefill(model, prompts, u.shape[1], len(u) // len(prompts))
-    return decode(model, cache, hidden, u, eos, choose, progress)
+    return decode(model, *prefill(model, prompts, u.shape[1], len(u) // len(prompts)), u, eos, choose, progress)
 
 
 def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k=0, top_p=1.0, seed=0, rows=None,
@@ -649,8 +634,7 @@ def generate(model, prompts, max_new_tokens, eos, *, n=1, temperature=1.0, top_k
     A continuation ends with eos, or is truncated after max_new_tokens. Randomness is one uniform number for each (seed,
     row, position), where row = n * rows[i] + sample and rows (default 0, 1, 2, ...) numbers the prompts. Give each
     rank's prompts their global numbers, and the samples depend neither on the number of ranks nor on the batch size.
-    progress, if given, is called with the number of continuations just finished. Another decoder takes the place of
-    sample_rows for TreeBoN.
+    progress, if given, is called with the number of continuations just finished. decoder: sample_rows, or TreeBoN's.
     """
     if rows is None:
         rows = range(len(prompts))

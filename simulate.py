@@ -51,8 +51,8 @@ from data import (
     positive_int, print0, prompt_ids, read_instructions, read_judged, read_outputs, read_pairs, run_main, units,
     write_json, write_json_lines)
 from model import (
-    DTYPES, LLaMA, RewardModel, barrier, decode, gather_lists, generate, prefill, rank, read, read_config, read_logp,
-    sample_rows, setup_device, share, world_size)
+    DTYPES, LLaMA, RewardModel, barrier, decode, gather_lists, generate, prefill, rank, read_config, read_logp,
+    setup_device, share, world_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,22 +65,17 @@ def progress_bar(total, label):
     return tqdm(total=total, desc=label, disable=hidden, leave=False, unit="response", delay=1)
 
 
-def sample_responses(model, tokenizer, records, prompt_format, *, max_new_tokens, temperature, seed, n=1,
-                     top_p=1.0, top_k=0, batch_size=512, numbers=None, label="sampling", decoder=sample_rows):
-    """Samples n responses to every record: a list of n texts each, on all ranks.
+def sample_responses(model, tokenizer, records, prompt_format, *, n=1, numbers=None, label="sampling", **sampling):
+    """Samples n responses to every record: a list of n texts each, on all ranks. sampling: see model.generate.
 
     `numbers` are the records' numbers in their file (default 0, 1, 2, ...). The random numbers depend on them and
     on the seed alone, so a file can be sampled in parts, and on any number of ranks."""
     numbers = range(len(records)) if numbers is None else numbers
     local = share(range(len(records)))                         # this rank's records
     prompts = [prompt_ids(tokenizer, records[i], prompt_format) for i in local]
-    responses = []
     with progress_bar(n * len(local), label) as bar:
-        if local:
-            responses = generate(
-                model, prompts, max_new_tokens, tokenizer.eos, n=n, temperature=temperature, top_p=top_p,
-                top_k=top_k, seed=seed, rows=[numbers[i] for i in local], batch_size=batch_size,
-                progress=bar.update, decoder=decoder)
+        responses = generate(model, prompts, eos=tokenizer.eos, n=n, rows=[numbers[i] for i in local],
+                             progress=bar.update, **sampling)
     texts = {}
     for i, samples in zip(local, responses):
         texts[i] = [tokenizer.decode_response(ids) for ids in samples]
@@ -169,44 +164,36 @@ def conditioned(directory, records):
 
 
 @torch.no_grad()
-def grow_tree(dpo, layers, children, keep, model, prompts, u, eos, choose, progress=None):
+def grow_tree(dpo, shape, model, prompts, u, eos, choose, progress=None):
     """The decoder of TreeBoN: the leaves of a tree for each prompt, from which the reward model is to choose.
 
     Every prompt has n slots. A layer samples steps / layers tokens in each; then the `keep` branches with the highest
     partial rewards stay, and get `children` slots each: no more tokens than best-of-n samples, which is a tree of one
     layer. A finished branch that was kept stays for good in its first slot; its other slots are empty.
 
-    model: the sampled policy. dpo: the model that was trained from it by DPO, so that `model` is its reference. u
-    (B * n, steps): the slots' random numbers. Returns B * n lists of ids, empty for an empty slot."""
-    n, steps = len(u) // len(prompts), u.shape[1]
+    dpo: the model that was trained by DPO from `model`, its reference. shape: (layers, children, keep). u (B * n,
+    steps): the slots' random numbers. Returns B * n lists of ids, empty for an empty slot."""
+    (layers, children, keep), n, steps = shape, len(u) // len(prompts), u.shape[1]
     cache, hidden = prefill(model, prompts, steps, n)
     dpo_cache, dpo_hidden = prefill(dpo, prompts, steps, n)
-    slots = list(range(len(u)))                                           # of the branches that grow
-    ids, scores = {slot: [] for slot in slots}, dict.fromkeys(slots, 0.0)           # of all branches
-    ends = [steps * (layer + 1) // layers for layer in range(layers)]
-    for begin, end in zip([0, *ends], ends):
-        logp = u.new_zeros(len(slots), end - begin)
-        segments = decode(model, cache, hidden, u[slots, begin:end], eos, choose, logp=logp)
+    ids, scores = {slot: [] for slot in range(len(u))}, u.new_zeros(len(u))
+    for layer in range(layers):
+        begin, end = steps * layer // layers, steps * (layer + 1) // layers
+        slots, logp = cache.rows.tolist(), torch.zeros_like(u[:, begin:end])
+        segments = decode(model, cache, hidden, u[:, begin:end], eos, choose, logp=logp)
         for slot, segment in zip(slots, segments):
             ids[slot] = ids[slot] + segment
         if end == steps:
             break
-        rewards = partial_rewards(dpo, dpo_cache, dpo_hidden, segments, logp, begin)
-        for slot, reward in zip(slots, rewards):
-            scores[slot] += reward
-
-        parents = prune(ids, scores, n, children, keep, eos)
-        growing = [slot for slot, parent in parents.items() if ids[parent][-1] != eos]
-        rows = [slots.index(parents[slot]) for slot in growing]           # of their parents in this layer
+        scores[slots] += partial_rewards(dpo, dpo_cache, dpo_hidden, segments, logp[slots], begin)
+        parents = prune(ids, slots, scores.tolist(), n, children, keep, eos)
         ids = {slot: ids[parent] for slot, parent in parents.items()}
-        scores = {slot: scores[parent] if slot in growing else math.inf for slot, parent in parents.items()}
-        slots = growing
-        if not slots:
+        scores[list(parents)] = scores[list(parents.values())]
+        growing = {slot: parent for slot, parent in parents.items() if ids[slot][-1] != eos}
+        if not growing:
             break
-        last = torch.tensor([ids[slot][-1:] for slot in slots], device=u.device)
-        in_cache = cache.rows.tolist()                                    # decode removes finished rows
-        hidden = branch_out(model, cache, [in_cache.index(row) for row in rows], last)
-        dpo_hidden = branch_out(dpo, dpo_cache, rows, last)
+        last = torch.tensor([ids[slot][-1:] for slot in growing], device=u.device)
+        hidden, dpo_hidden = branch_out(model, cache, growing, last), branch_out(dpo, dpo_cache, growing, last)
     if progress:
         progress(len(u))
     return [ids.get(slot, []) for slot in range(len(u))]
@@ -214,55 +201,47 @@ def grow_tree(dpo, layers, children, keep, model, prompts, u, eos, choose, progr
 
 def partial_rewards(dpo, cache, hidden, segments, logp, begin):
     """DPO's implicit reward of each row's new tokens: the sum over k of log(p_dpo(y_k) / p(y_k)) / (k + 1), where k
-    counts from the start of the response. (beta changes no ranking.) logp (rows, steps): log p(y_k)."""
+    counts from the start of the response. (beta changes no ranking.) logp (rows, steps): log p(y_k). -> (rows,)"""
     tokens, lengths = pad(segments, hidden.device)                        # (rows, T), (rows,)
     k = torch.arange(tokens.shape[1], device=hidden.device)
     ratio = read_logp(dpo, cache, hidden, tokens) - logp[:, :len(k)]      # (rows, T)
     ratio = ratio * (k < lengths.unsqueeze(1))                            # not the padding after EOS
-    return (ratio / (begin + k + 1)).sum(dim=1).tolist()
+    return (ratio / (begin + k + 1)).sum(dim=1)
 
 
-def prune(ids, scores, n, children, keep, eos):
+def prune(ids, grown, scores, n, children, keep, eos):
     """Keeps the best branches of each prompt, in their order: {slot in the next layer: the parent's slot in this one}.
-    ids, scores: of the branches by slot; slots n * i ... n * i + n - 1 are those of prompt i."""
+    ids: of the branches by slot, n slots a prompt. grown: the slots of this layer; other branches finished before."""
     parents = {}
-    for first in range(0, max(ids) + 1, n):
-        slots = [slot for slot in range(first, first + n) if slot in ids]
-        # Rounded: equal branches may differ in the last digits. Of equals the first stay.
-        best = sorted(slots, key=lambda slot: -round(scores[slot], 4))[:keep]
+    for prompt, slots in itertools.groupby(ids, key=lambda slot: slot // n):
+        # First those that finished earlier, which stay. Rounded: equal branches may differ in the last digits.
+        best = sorted(slots, key=lambda slot: (slot in grown, -round(scores[slot], 4)))[:keep]
         for place, parent in enumerate(sorted(best)):
-            count = 1 if ids[parent][-1] == eos else children
-            for child in range(count):
-                parents[first + place * children + child] = parent
+            for child in range(1 if ids[parent][-1] == eos else children):
+                parents[n * prompt + place * children + child] = parent
     return parents
 
 
-def branch_out(model, cache, rows, last):
-    """Gives every child a copy of its parent's row and reads the parent's last token (rows, 1) -> hidden (rows, D),
-    which predicts the child's first token."""
-    cache.select(rows)
-    return read(model, cache, last)[:, -1]
-
-
-def tree_decoder(args, model, device):
-    """grow_tree with --dpo and the shape of --tree."""
-    dpo = LLaMA.from_pretrained(args.dpo, DTYPES[args.dtype], device)
-    if dpo.config.vocab_size != model.config.vocab_size:
-        raise InputError(f"--dpo {args.dpo}: its vocabulary is not that of --model {args.model}: give a model that was "
-                         "trained from it by DPO")
-    return functools.partial(grow_tree, dpo, *args.tree)
+def branch_out(model, cache, parents, last):
+    """Gives every child a copy of its parent's row ({child: parent}) and reads the parent's last token (rows, 1)
+    -> hidden (rows, D), which predicts the child's first token."""
+    rows = cache.rows.tolist()                                            # decode removes finished rows
+    cache.select([rows.index(parent) for parent in parents.values()])
+    cache.rows = torch.tensor(list(parents), device=last.device)
+    return model.model(last, cache)[:, -1]
 
 
 def make_built_in(args):
-    """Makes those of the built-in world's models that are not there. train_ppo.py does it, in a process of its own
-    because it imports this file."""
+    """Makes those of the built-in world's models that are not there or not finished. train_ppo.py does it, in a process
+    of its own because it imports this file."""
+    script = Path(__file__).with_name("train_ppo.py")
     for stage in ("dpo", "reward"):
-        directory, flags = f"out/{stage}-{args.seed}", [stage, "--seed", str(args.seed)]
-        if directory in (args.dpo, args.reward) and not Path(directory, "config.json").is_file():
-            print0(f"first, {directory} is made")
-            script = Path(__file__).with_name("train_ppo.py")
-            if world_size() > 1 or subprocess.run([sys.executable, script, *flags, "--resume"]).returncode:
-                raise InputError(f"{directory} is not there: make it with python train_ppo.py {' '.join(flags)}")
+        out = Path(f"out/{stage}-{args.seed}")
+        finished = (out / "config.json").is_file() and not (out / "resume.pt").is_file()
+        if Path(getattr(args, stage)) == out and not finished:
+            flags = [stage, "--seed", str(args.seed), "--device", args.device, "--resume"]
+            if world_size() > 1 or subprocess.run([sys.executable, script, *flags]).returncode:
+                raise InputError(f"{out} is not finished: make it with python {script} {stage} --seed {args.seed}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -962,18 +941,23 @@ def model_completions(args, prompts, n, system):
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed, "n": n,
                "top_p": args.top_p, "top_k": args.top_k}
     # A key is everything that decides the samples: weights, options, the prompt and its number.
-    files, tree = sorted(Path(args.model).glob("*model*")), getattr(args, "tree", None)
+    files, tree = sorted(Path(args.model).glob("*model*")), getattr(args, "tree", None) or []
     if tree:
         files += sorted(Path(args.dpo).glob("*model*"))
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    keys = [Cache.key(weights, prompt_format, options, tree, i, question(record)) for i, record in enumerate(records)]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files] + tree
+    keys = [Cache.key(weights, prompt_format, options, i, question(record)) for i, record in enumerate(records)]
     cache = Cache(args)
     cache.append()
     todo = [i for i, key in enumerate(keys) if key not in cache.answers]
     barrier()                                                             # every rank has read the cache
     if todo:
         model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
-        options["decoder"] = tree_decoder(args, model, device) if tree else sample_rows
+        if tree:
+            dpo = LLaMA.from_pretrained(args.dpo, DTYPES[args.dtype], device)
+            if dpo.config.vocab_size != model.config.vocab_size:
+                raise InputError(f"--dpo {args.dpo} has another vocabulary than --model {args.model}: give a model "
+                                 "that was trained from it by DPO")
+            options["decoder"] = functools.partial(grow_tree, dpo, tree)
     with progress_bar(n * len(todo), args.verb) as bar:
         for part in chunks(todo, max(1, 4 * args.batch_size // n)):
             texts = sample_responses(model, tokenizer, [records[i] for i in part], prompt_format, numbers=part,
@@ -1005,9 +989,9 @@ def write_outputs(args, records, failed, client=None, **counts):
 
 
 def sample_command(args):
+    records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     if args.tree:
         make_built_in(args)
-    records = read_instructions(args.data) if args.data else [{"instruction": args.prompt, "input": ""}]
     samples, failed, client = get_completions(args, records, args.best_of or args.outputs)
     generator = args.api_model if args.by == "api" else args.model
     if args.best_of:
@@ -1265,8 +1249,9 @@ def check_tree(args):
         raise InputError("--tree needs --model DIR, not --api, and --dpo DIR, a model that was trained from it by DPO")
     layers, children = args.tree
     keep = args.keep or max(1, args.best_of // children)
-    if keep * children > args.best_of:
-        raise InputError(f"--tree: {keep} branches with {children} children are more than --best-of {args.best_of}")
+    if keep * children > args.best_of or layers > args.max_new_tokens:
+        raise InputError(f"--tree {layers} {children} does not fit: {keep} branches with {children} children into "
+                         f"--best-of {args.best_of}, or {layers} layers into --max-new-tokens {args.max_new_tokens}")
     args.tree = [layers, children, keep]
 
 

@@ -31,7 +31,7 @@ from data import Tokenizer, World, count_errors, prompt_ids, run_main, write_jso
 from evaluate import answer_errors, best_of_n, win_score  # noqa: E402
 from model import Backbone, LLaMA, RewardModel, sample_rows, sample_token  # noqa: E402
 from simulate import grow_tree, mean_and_se, reward_scores, sample_responses  # noqa: E402
-from train_sft import built_in, make_once  # noqa: E402
+from train_sft import built_in  # noqa: E402
 
 MAX_NEW_TOKENS, SAMPLES = 16, 64
 
@@ -68,8 +68,7 @@ class Models:
 
     def __init__(self, seed, split, count):
         sft = built_in(seed, "corrects", "")
-        dpo = make_once(train_ppo.main, ["dpo", "--seed", str(seed)], f"out/dpo-{seed}")
-        reward = train_ppo.built_in_reward(seed, 0.25, "")
+        dpo, reward = [train_ppo.built_in_stage(stage, seed, 0.25) for stage in ("dpo", "reward")]
         self.policy, self.dpo = LLaMA.from_pretrained(sft), LLaMA.from_pretrained(dpo)
         self.reward = RewardModel.from_pretrained(reward)
         self.tokenizer = Tokenizer.from_pretrained(sft)
@@ -143,7 +142,7 @@ def measure_seed(seed, args):
             shape = shape_of(text, n)
             if shape[1] * shape[2] > n:
                 continue
-            decoder = functools.partial(grow_tree, models.dpo, *shape)
+            decoder = functools.partial(grow_tree, models.dpo, shape)
             found = kept(folder / f"tree-{n}-{text}.json", lambda: measure(models, n, decoder))
             results[n, text] = {**found, **outcome(models, found, n)}
             r, b = results[n, text], results[n, "best-of-n"]
