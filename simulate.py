@@ -186,7 +186,7 @@ def grow_tree(dpo, shape, model, prompts, u, eos, choose, progress=None):
         if end == steps:
             break
         scores[slots] += partial_rewards(dpo, dpo_cache, dpo_hidden, segments, logp[slots], begin)
-        parents = prune(ids, slots, scores.tolist(), n, children, keep, eos)
+        parents = prune(ids, set(slots), scores.tolist(), n, children, keep, eos)
         ids = {slot: ids[parent] for slot, parent in parents.items()}
         scores[list(parents)] = scores[list(parents.values())]
         growing = {slot: parent for slot, parent in parents.items() if ids[slot][-1] != eos}
@@ -225,8 +225,8 @@ def prune(ids, grown, scores, n, children, keep, eos):
 def branch_out(model, cache, parents, last):
     """Gives every child a copy of its parent's row ({child: parent}) and reads the parent's last token (rows, 1)
     -> hidden (rows, D), which predicts the child's first token."""
-    rows = cache.rows.tolist()                                            # decode removes finished rows
-    cache.select([rows.index(parent) for parent in parents.values()])
+    row = {slot: i for i, slot in enumerate(cache.rows.tolist())}         # decode removes finished rows
+    cache.select([row[parent] for parent in parents.values()])
     cache.rows = torch.tensor(list(parents), device=last.device)
     return model.model(last, cache)[:, -1]
 
