@@ -81,7 +81,7 @@ DEFAULTS = {
 }
 
 
-SHOWN = 200      # bad responses of --data, and of the trained model, that the detector is run on for people to look at
+SHOWN = 200      # bad responses of --data, and of the trained model, that the detector and SDPO's gates show to people
 
 # What a method trains on, as functions of a round's judged records. CUT takes them as they are; the others are what it
 # is compared with, at equal numbers of updates and with the same replay.
@@ -224,19 +224,20 @@ class StudentAndTeacher(torch.nn.Module):
         return loss.sum(), torch.stack(logp).detach()
 
 
-def print_gates(model, tokenizer, bad, flagged, judged, args, device):
-    """Whether the model has something to teach itself: the probability of a token of the right answer (with --data: of
-    the response) after the advice, and after the advice to another response, which must not do as well."""
-    key = "output" if args.data else "reference"
-    records = [{**e.record, "output": e.record[key]} for e in bad]
-    shuffled = [{**r, "judgment": other["judgment"]} for r, other in zip(records, records[1:] + records[:1])]
-    for advice, part in (("advice", records), ("another response's advice", shuffled)):
-        examples = encode(tokenizer, part, args.format, math.inf)
+def print_gates(model, tokenizer, bad, flagged, args, device):
+    """Whether the model has something to teach itself: how likely a token of the right answer is after the advice, and
+    after the advice to another response, which must not do as well. Right answers are the records' references."""
+    known = [e.record for e in bad if isinstance(e.record.get("reference"), str)]
+    if not known:
+        print0("no gates: no bad response has a 'reference', the right answer")
+        return
+    for advice, others in (("advice", known), ("another response's advice", known[1:] + known[:1])):
+        right = [{**r, "output": r["reference"], "judgment": other["judgment"]} for r, other in zip(known, others)]
+        examples = encode(tokenizer, right, args.format, math.inf)
         p = torch.cat(judged_and_plain_logp(model, examples, device), dim=1).exp().mean(1)
-        print0(f"gate: a token of the {key} has p {p[0]:.3f} after {advice}, {p[1]:.3f} without")
-    if not args.data:
-        print0("gate: of the words made less likely {precision:.3f} are wrong; {recall:.3f} of the wrong words are"
-               .format(**detection(tokenizer, flagged, judged)))
+        print0(f"gate: a token of the right answer has p {p[0]:.3f} after {advice}, {p[1]:.3f} without")
+    print0("gate: of the words made less likely {precision:.3f} are wrong; {recall:.3f} of the wrong words are"
+           .format(**detection(tokenizer, flagged, known)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,8 +262,7 @@ def collect_feedback(model, tokenizer, world, number, args):
 
 def load_feedback(model, tokenizer, world, number, args):
     """The judged responses of a round, kept in round-N.jsonl. Offline, the first model answers those of all rounds."""
-    rounds = range(number, args.rounds if args.offline else number + 1)
-    for n in rounds:
+    for n in range(number, args.rounds if args.offline else number + 1):
         path = Path(args.out, f"round-{n}.jsonl")
         if missing(path):
             judged = collect_feedback(model, tokenizer, world, n, args)
@@ -432,8 +432,8 @@ def main(argv=None):
         bad = to_flag(examples, judged, tokenizer, args)
         flagged_at_start, old_logp = flag_tokens(model, tokenizer, bad, number, args, device)
         flagged = {"live": [], "frozen": [flagged_at_start, old_logp], "all": [all_tokens(examples)]}[args.detect]
-        if args.recipe == "sdpo" and bad and not run.state["step"]:
-            print_gates(model, tokenizer, bad, flagged_at_start, judged, args, device)
+        if args.recipe == "sdpo" and not run.state["step"]:
+            print_gates(model, tokenizer, bad[:SHOWN], flagged_at_start, args, device)
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
 

@@ -239,6 +239,7 @@ def judged(tmp_path_factory):
     records = World(9).demonstrations(60, JUDGES["corrects"], "train")[1::2]
     bad = [r for r in records if r["judgment"] != "All of it is right."]
     good = [{**r, "id": f"good-{r['id']}", "judgment": None} for r in bad[20:33]]
+    bad[0]["reference"], bad[1]["reference"] = bad[0]["output"], 12         # a number is no right answer
     path = tmp_path_factory.mktemp("data") / "judged.json"
     path.write_text(json.dumps(good + bad[:20]))
     return path
@@ -286,13 +287,14 @@ def test_the_first_step_is_the_papers_loss(base, judged, arguments, form, micro)
     assert any(g.abs().max() > 1e-6 for g in expected.values())
 
 
-def test_good_responses_alone_are_plain_likelihood(arguments, judged, tmp_path):
-    """NaN of a step without a judgment, or praise turned into advice."""
+def test_good_responses_alone_are_plain_likelihood(arguments, judged, tmp_path, capsys):
+    """NaN of a step without a judgment, praise turned into advice, or a crash of gates without a right answer."""
     path = tmp_path / "good.json"
     path.write_text(json.dumps([r for r in data.read_json(judged) if r["judgment"] is None]))
     argv = arguments("out", "--data", path, "--batch-size", 13)
     expected = first_step(train_cut.main, [*argv, "--recipe", "expert", "--out", str(tmp_path / "expert")])
     torch.testing.assert_close(first_step(train_cut.main, argv), expected, rtol=0, atol=1e-12)
+    assert "no gates" in capsys.readouterr().out
 
 
 def test_the_loss_is_a_mean_over_good_and_bad_responses(base, judged, arguments, tmp_path):
@@ -339,11 +341,11 @@ def test_a_stopped_run_resumes_bitwise(arguments, tmp_path, capsys, more):
     """The teacher, or the log-probabilities of the round's beginning, made anew from the model that has moved on; gates
     printed for it; a second save with the teacher of the first."""
     train_cut.main(arguments("whole", *more))
-    assert len(gates(capsys.readouterr().out)) == 2
+    assert len(gates(capsys.readouterr().out)) == 3
     for killed_at, resume in ((5, []), (7, ["--resume"])):                  # saved after steps 4 and 6
         with at_step(killed_at, die), pytest.raises(Killed):
             train_cut.main(arguments("parts", "--save-every", 2, *resume, *more))
-    assert len(gates(capsys.readouterr().out)) == 2
+    assert len(gates(capsys.readouterr().out)) == 3
     assert train_cut.main(arguments("parts", "--save-every", 2, "--resume", *more)) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
