@@ -106,13 +106,13 @@ def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
 
 
 def find_flagged(logp, lam, flagged=None, old_logp=None):
-    """The flagged tokens (n,): given (frozen detection), or found in logp (2, n) (live). old_logp is SDPO's, not used."""
+    """The flagged tokens: those given (frozen detection), else by the model as it is now (live). logp (2, n) -> (n,)"""
     return detect(logp[0], logp[1], lam) if flagged is None else flagged
 
 
 def cut_step_loss(logp, weight, flagged=None, old_logp=None, *, lam, alpha, gamma):
     """Weighted CUT loss of each token, as training needs it: logp (2, n), after (x, j-) and after x; weight, flagged
-    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss."""
+    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss. (old_logp: of SDPO.)"""
     judged, plain = logp
     return weight * cut_token_loss(judged, plain, find_flagged(logp, lam, flagged), alpha, gamma)
 
