@@ -14,7 +14,7 @@ import data
 import train_cut
 import train_sft
 from conftest import Killed, assert_equal_runs, at_step, die, finish, metrics, torchrun
-from data import ADVICE, IGNORE, JUDGES, Tokenizer, World, collate, encode, format_prompt
+from data import ADVICE, JUDGES, Tokenizer, World, collate, encode, format_prompt, prompt_ids
 from evaluate import token_words
 from losses import detect, full_vocabulary, per_example_mean, sdpo_step_loss, sdpo_token_loss, unlikelihood
 from model import LLaMA, add_lora, make_optimizer
@@ -432,6 +432,28 @@ def test_gates_of_a_model_that_cannot_read(base, tmp_path, small_world, capsys):
     (advised, plain), (shuffled, again), *_ = found = gates(capsys.readouterr().out)
     assert len(found) == 6 and found[2] == [0, 0]
     assert plain == again and advised == pytest.approx(plain, abs=0.002) == shuffled
+
+
+def test_gates_read_right_answers_after_their_advice_and_anothers(base, monkeypatch, capsys):
+    """Responses in place of right answers, or a shuffle that leaves a judgment at its response."""
+    asked, tokenizer, prompt_format = [], Tokenizer.from_pretrained(base), "short" + ADVICE
+
+    def logp(model, examples, device):
+        asked.append(examples)
+        return [torch.tensor([[0.5], [0.25]]).log().expand(2, len(e.response)) for e in examples]
+
+    monkeypatch.setattr(train_cut, "judged_and_plain_logp", logp)
+    records = [{"id": i, "instruction": f"Say {i}.", "output": "The frog.", "judgment": f"It says {i}.",
+                "reference": f"The {i}."} for i in range(3)]
+    bad = encode(tokenizer, records, prompt_format, 256)
+    flagged = {e.id: torch.zeros(len(e.response), dtype=torch.bool) for e in bad}
+    train_cut.print_gates(None, tokenizer, bad, flagged, SimpleNamespace(format=prompt_format), "cpu")
+    assert gates(capsys.readouterr().out) == [[0.5, 0.25], [0.5, 0.25], [0, 0]]
+    for i, (e, own, other) in enumerate(zip(bad, *asked)):
+        right = tokenizer.encode_response(f"The {i}.")
+        assert own == e._replace(response=right, record=own.record) and other.prompt == e.prompt
+        judgment = f"It says {(i + 1) % 3}."
+        assert other.judged_prompt == prompt_ids(tokenizer, e.record, prompt_format, judgment) and other.response == right
 
 
 @pytest.mark.slow
