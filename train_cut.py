@@ -193,9 +193,8 @@ def detection_means(total):
 
 
 class StudentAndTeacher(torch.nn.Module):
-    """What SDPO trains, and its teacher, a copy of the trained weights that follows them. After each step, teacher <-
-    (1 - rate) teacher + rate student: at rate 0 the teacher is frozen, at 1 live, between them an EMA (of adapters: of A
-    and of B)."""
+    """What SDPO trains, and its teacher, a copy of the trained weights (with LoRA, of A and B) that follows them. After
+    each step, teacher <- (1 - rate) teacher + rate student: at rate 0 it is frozen, at 1 live, between them an EMA."""
 
     def __init__(self, student, run, rate):
         super().__init__()
