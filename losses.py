@@ -105,14 +105,14 @@ def cut_token_loss(logp_judged, logp_plain, flagged, alpha, gamma=0.0):
     return cut_l1(logp_judged, logp_plain, flagged, alpha, gamma) - logp_judged
 
 
-def find_flagged(logp, lam, flagged=None):
+def find_flagged(logp, lam, flagged=None, old_logp=None):
     """The flagged tokens: those given (frozen detection), else by the model as it is now (live). logp (2, n) -> (n,)"""
     return detect(logp[0], logp[1], lam) if flagged is None else flagged
 
 
 def cut_step_loss(logp, weight, flagged=None, old_logp=None, *, lam, alpha, gamma):
     """Weighted CUT loss of each token, as training needs it: logp (2, n), after (x, j-) and after x; weight, flagged
-    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss. (SDPO needs old_logp.)"""
+    (n,) -> (n,). With weight 1 / (examples * tokens of the response) its sum is cut_loss. (old_logp: of SDPO.)"""
     judged, plain = logp
     return weight * cut_token_loss(judged, plain, find_flagged(logp, lam, flagged), alpha, gamma)
 
@@ -165,10 +165,10 @@ def detection_sums(logp_judged, logp_plain, flagged):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # SDPO, self-distillation (arXiv 2601.20802): the student reads x, its teacher x and the feedback; both score the same
-# response. Log-probabilities over the vocabulary: student, teacher (n, V); targets (n,).
+# response y, the targets (n,). student, teacher (n, V): their log-probabilities over the vocabulary.
 
 
-def kl(p, q):
+def kl_divergence(p, q):
     """KL(p || q) of log-probabilities: (n, V), (n, V) -> (n,)."""
     return (p.exp() * (p - q)).sum(-1)
 
@@ -184,37 +184,24 @@ def sdpo_token_loss(student, teacher, targets, form):
     """
     teacher = teacher.detach()
     if form == "forward":
-        return kl(teacher, student)
+        return kl_divergence(teacher, student)
     if form == "reverse":
-        return kl(student, teacher)
+        return kl_divergence(student, teacher)
     if form == "jsd":
         mean = torch.logaddexp(student, teacher) - math.log(2)
-        return (kl(student, mean) + kl(teacher, mean)) / 2
-    logp = of_targets(student, targets)                                    # (n,)
-    return -(of_targets(teacher, targets) - logp).detach() * logp
+        return (kl_divergence(student, mean) + kl_divergence(teacher, mean)) / 2
+    advantage = of_targets(teacher - student, targets).detach()
+    return -advantage * of_targets(student, targets)
 
 
 def sdpo_step_loss(student, teacher, targets, weight, flagged, old_logp, *, form, alpha):
-    """Weighted SDPO loss of each token, as training needs it -> (n,), with the importance ratio p / p_old, at most 2,
-    of responses that an older policy has sampled. weight, old_logp (n,); flags are not used."""
-    change = (of_targets(student, targets) - old_logp).detach()
-    ratio = change.clamp(-20, math.log(2)).exp()
-    return alpha * weight * ratio * sdpo_token_loss(student, teacher, targets, form)
-
-
-def distillation_loss(hidden, weight, teacher_hidden, teacher_weight, targets, token_loss, per_token, tile=256):
-    """fused_loss for a token_loss(student, teacher, targets, *per_token) over the whole vocabulary.
-
-    hidden, teacher_hidden (N, D), weight, teacher_weight (V, D), per_token (N,) each -> scalar loss, with gradient
-    through hidden and weight, and logp (2, N), the teacher's and the student's, for logging.
-    """
-    def one_tile(hidden, teacher_hidden, targets, *per_token):
-        student, teacher = head_logp(hidden, weight), head_logp(teacher_hidden, teacher_weight)
-        loss = token_loss(student, teacher, targets, *per_token)
-        return loss, of_targets(teacher, targets), of_targets(student, targets)
-
-    loss, *logp = in_tiles(one_tile, (hidden, teacher_hidden, targets, *per_token), tile)
-    return loss.sum(), torch.stack(logp).detach()
+    """Weighted SDPO loss of each token, as training needs it, and log p(y) of teacher and student for logging: three
+    (n,). weight, flagged (not used), old_logp (n,). The importance ratio p / p_old, of the student to the policy that
+    has sampled the responses, is truncated at 2 and a constant."""
+    logp = of_targets(student, targets)
+    ratio = (logp - old_logp).detach().clamp(-20, math.log(2)).exp()
+    loss = alpha * weight * ratio * sdpo_token_loss(student, teacher, targets, form)
+    return loss, of_targets(teacher, targets), logp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,30 +380,27 @@ def quark_token_loss(logp, kl, entropy, kl_coef, entropy_coef):
     return -logp + kl_coef * kl - entropy_coef * entropy
 
 
-def full_vocabulary(hidden, weight, ref_hidden, ref_weight, targets, tile=256):
-    """log p(target), KL(p || p_ref) and the entropy of p at each token, as sums over the whole vocabulary.
+def quark_terms(logp, ref_logp, targets):
+    """log p(target), KL(p || p_ref) and the entropy of p: logp, ref_logp (n, V), targets (n,) -> three (n,)."""
+    p = logp.exp()
+    return of_targets(logp, targets), (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)
 
-    hidden, ref_hidden (N, D), weight, ref_weight (V, D), targets (N,) -> three (N,), with gradient through hidden and
-    weight.
+
+def full_vocabulary(hidden, weight, ref_hidden, ref_weight, targets, terms=quark_terms, per_token=(), tile=256):
+    """terms(logp (n, V), ref_logp (n, V), targets (n,), *per_token) of all tokens, for sums over the whole vocabulary.
+
+    hidden, ref_hidden (N, D), weight, ref_weight (V, D), targets and per_token (N,) -> tensors (N,), with gradient
+    through hidden and weight. Full logits are needed here: they are made one tile of tokens at a time, and again in the
+    backward pass.
     """
-    def one_tile(hidden, ref_hidden, targets):
-        logp, ref_logp = head_logp(hidden, weight), head_logp(ref_hidden, ref_weight)
-        p = logp.exp()
-        return of_targets(logp, targets), (p * (logp - ref_logp)).sum(-1), -(p * logp).sum(-1)
+    def one_tile(hidden, ref_hidden, *per_token):
+        logp = torch.log_softmax(_fp32(hidden) @ _fp32(weight).T, dim=-1)             # (n, V)
+        ref_logp = torch.log_softmax(_fp32(ref_hidden) @ _fp32(ref_weight).T, dim=-1)
+        return terms(logp, ref_logp, *per_token)
 
-    return in_tiles(one_tile, (hidden, ref_hidden, targets), tile)
-
-
-def head_logp(hidden, weight):
-    """Log-probabilities over the vocabulary: (n, D), (V, D) -> (n, V)."""
-    return torch.log_softmax(_fp32(hidden) @ _fp32(weight).T, dim=-1)
-
-
-def in_tiles(one_tile, per_token, tile):
-    """one_tile of `tile` tokens at a time, and again in the backward pass: tensors (N, ...) -> tensors (N, ...)."""
     tiles = []
-    for i in range(0, len(per_token[0]), tile):
-        rows = [x[i:i + tile] for x in per_token]
+    for i in range(0, len(targets), tile):
+        rows = [x[i:i + tile] for x in (hidden, ref_hidden, targets, *per_token)]
         tiles.append(torch.utils.checkpoint.checkpoint(one_tile, *rows, use_reentrant=False))
     return tuple(torch.cat(column) for column in zip(*tiles))
 
@@ -457,11 +441,10 @@ def _tile_softmax(hidden, weight, targets):
     """One tile: hidden (R, n, D), weight (V, D), targets (n,) -> softmax (R, n, V) and logp (R, n)."""
     logits = hidden @ weight.T                                             # (R, n, V), the only large tensor
     logits -= logits.amax(dim=-1, keepdim=True)      # first: a confident token's logp is a small difference
-    index = targets.expand(logits.shape[:2]).unsqueeze(-1)                 # (R, n, 1)
-    target = logits.gather(-1, index)
+    target = of_targets(logits, targets.expand(logits.shape[:2]))          # (R, n)
     total = logits.exp_().sum(dim=-1, keepdim=True)                        # (R, n, 1)
-    logp = target - total.log()
-    return logits.div_(total), logp.squeeze(-1)
+    logp = target - total.log().squeeze(-1)
+    return logits.div_(total), logp
 
 
 def _tile_backward(softmax, targets, grad_logp, hidden, weight, grad_weight):

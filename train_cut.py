@@ -17,9 +17,9 @@ teaches the model to read judgments. Good responses get plain likelihood. `train
 this loss; the formula is losses.cut_token_loss.
 
 SDPO (--recipe sdpo, arXiv 2601.20802): the model that has read the judgment as advice, the teacher, teaches the model
-that has not. Its prompt (data.ADVICE) asks for a better response than the judged one, CUT's for that very one: what CUT
-blames, a token that the judgment makes likelier, SDPO praises. Gates say before each round whether there is more to
-learn from the teacher.
+that has not. Its prompt (data.FORMATS) asks for a better response than the judged one, CUT's for that very one: a
+token that the judgment makes likelier is blamed by CUT and praised by SDPO. Before each round, gates are printed: does
+the advice make right answers likelier, and does another response's advice not?
 
 Replay: in the built-in world each step also repeats 32 judged SFT examples, (x, j) -> y, so that the model does not
 unlearn to read judgments.
@@ -28,9 +28,10 @@ metrics.jsonl in the run folder has a line for each step:
   loss             mean over the step's examples (of a bad response L1 + L2), plus the mean over the replay, nats. Near
                    0 from the start: responses hardly differ, or the model is overfit
   flagged          fraction of the bad responses' tokens that are flagged. 0: the model cannot read judgments, and CUT
-                   is SFT on bad responses; above 0.5: lambda is too low, or the judgments are human prose
+                   is SFT on bad responses; above 0.5: lambda is too low, or the judgments are human prose. SDPO: tokens
+                   that the advice made less likely by more than lambda, as the round began
   lr, grad_norm    learning rate; gradient norm before clipping
-  log_ratio        mean of log p(y|x, j-) - log p(y|x); in SDPO the advantage A
+  log_ratio        mean of log p(y|x, j-) - log p(y|x); in SDPO, where the teacher reads j-, the advantage A
   flagged_loss     unlikelihood of flagged tokens after x; with live detection at most ln(lambda / (lambda - 1))
   unflagged_loss   NLL of the other tokens after x
 results.json has the table of the online rounds; round-N.jsonl and flags-N.jsonl (N from 0) what was judged and flagged,
@@ -44,17 +45,15 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from data import (
     ADVICE, IGNORE, JUDGES, Batches, HelpFormatter, InputError, Tokenizer, World, chunks, collate,
     corrected, downsample_positives, encode, fraction, in_range, nonnegative_float, nonnegative_int, positive_int,
-    print0, prompt_ids, read_json, read_judged, run_main, write_json, write_json_lines)
+    print0, read_json, read_judged, run_main, write_json, write_json_lines)
 from evaluate import (
     MAX_NEW_TOKENS, answer_errors, detection, exact_match, judged_and_plain_logp, mark, win_rate)
 from losses import (
-    cut_step_loss, detect, detection_sums, distillation_loss, find_flagged, masked_mean, nll_token_loss,
-    sdpo_step_loss)
+    cut_step_loss, detect, detection_sums, find_flagged, full_vocabulary, nll_token_loss, sdpo_step_loss)
 from model import (
     DTYPES, LLaMA, all_sum, barrier, copy_weights, distribute, lr_at, make_optimizer, peak_memory, rank,
     read_config, share, trained_weights, world_size)
@@ -82,7 +81,7 @@ DEFAULTS = {
 }
 
 
-SHOWN = 200      # bad responses of --data, and of the trained model, that the detector is run on for people to look at
+SHOWN = 200      # bad responses of --data, and of the trained model, that the detector and SDPO's gates show to people
 
 # What a method trains on, as functions of a round's judged records. CUT takes them as they are; the others are what it
 # is compared with, at equal numbers of updates and with the same replay.
@@ -142,7 +141,7 @@ def train(model, examples, flagged, replay, steps, peak, seed, run, args):
             (loss * world_size()).backward()                      # DDP takes the mean over ranks; we want the sum
             loss_sum += loss.item()
             if len(logp) == 2:                                    # two passes: bad responses
-                run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:2])))
+                run.add(**detection_sums(*logp, find_flagged(logp, args.lam, *per_token[1:])))
 
         lr = lr_at(step, peak, warmup, steps)
         loss, norm = run.update(loss_sum, lr, [e.id for e in batch])
@@ -153,8 +152,8 @@ def judged_batch(part, flagged, args, device):
     """Bad responses in two passes: part of (example, weight) pairs -> tokens, targets, token_loss, per_token.
 
     Only the prompts differ, so the passes have the same N response tokens in the same order, at other positions: this
-    is why everything is gathered by response token, never by position. `flagged`: what is known of each token, columns
-    {id: (tokens,)}: the flags, and log p(y|x) as the round began. Empty if CUT finds the flags as it trains.
+    is why everything is gathered by response token, never by position. `flagged`: columns {id: (tokens,)} of what is
+    known of each token, the flags and log p(y|x) as the round began; none if CUT finds the flags as it trains.
     """
     # tokens, targets (b, T1) after (x, j-), and tokens, targets (b, T2) after x alone
     judged = collate([(e.judged_prompt, e.response) for e, _ in part], device)
@@ -193,54 +192,52 @@ def detection_means(total):
     }
 
 
-class StudentAndTeacher(nn.Module):
-    """What SDPO trains, and its teacher, a copy of the trained weights that follows them. After each step, teacher <-
-    (1 - rate) teacher + rate student: at rate 0 the teacher is frozen, at 1 live, between them an EMA."""
+class StudentAndTeacher(torch.nn.Module):
+    """What SDPO trains, and its teacher, a copy of the trained weights (with LoRA, of A and B) that follows them. After
+    each step, teacher <- (1 - rate) teacher + rate student: at rate 0 it is frozen, at 1 live, between them an EMA."""
 
-    def __init__(self, student, optimizer, rate):
+    def __init__(self, student, run, rate):
         super().__init__()
         shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-        self.student, self.teacher = student, copy.deepcopy(student, shared)
-        self.weights = {name: p.data for name, p in trained_weights(self.teacher).items()}
+        self.student, self.teacher, self.rate = student, copy.deepcopy(student, shared), rate
+        self.weights = trained_weights(self.teacher)
         self.teacher.requires_grad_(False)
-        optimizer.register_step_post_hook(lambda *_: self.follow(rate))
+        copy_weights(self.weights, run.state.get("teacher", self.weights), run.path)
+        run.state["teacher"] = self.weights                                 # not a copy: a save finds them as they are
+        run.optimizer.register_step_post_hook(self.follow)
 
-    @torch.no_grad()
-    def follow(self, rate):
+    def follow(self, *_):
         for name, p in trained_weights(self.student).items():
-            self.weights[name].lerp_(p, rate)
+            self.weights[name].lerp_(p.detach(), self.rate)
 
     def forward(self, tokens, targets, token_loss, per_token):
         """As LLaMA.forward, but the first of two passes, after the advice, is the teacher's."""
-        if isinstance(tokens, torch.Tensor):                                # good responses
+        if token_loss is nll_token_loss:                                    # good responses, one pass
             return self.student(tokens, targets, token_loss, per_token)
+        advised, plain = zip(tokens, targets)
         with torch.no_grad():
-            advised = self.teacher.response_hidden(tokens[0], targets[0])   # (N, D)
-        hidden = self.student.response_hidden(tokens[1], targets[1])        # (N, D)
+            teacher_hidden = self.teacher.response_hidden(*advised)         # (N, D)
+        hidden = self.student.response_hidden(*plain)                       # (N, D)
         response_ids = targets[1][targets[1] != IGNORE]                     # (N,)
-        return distillation_loss(hidden, self.student.lm_head.weight, advised, self.teacher.lm_head.weight,
-                                 response_ids, token_loss, per_token)
+        loss, *logp = full_vocabulary(hidden, self.student.lm_head.weight, teacher_hidden, self.teacher.lm_head.weight,
+                                      response_ids, token_loss, per_token)
+        return loss.sum(), torch.stack(logp).detach()
 
 
-def print_gates(model, tokenizer, bad, flagged, judged, args, device):
-    """Whether the model, as its own teacher, has something to teach on these bad responses."""
-    shuffled, advantages = [], []
-    for e, other in zip(bad, bad[1:] + bad[:1]):
-        prompt = prompt_ids(tokenizer, e.record, args.format, other.record["judgment"])
-        shuffled.append(e._replace(judged_prompt=prompt))
-    blamed = torch.cat([flagged[e.id] for e in bad])
-    for examples in (bad, shuffled):
-        advised, plain = torch.cat(judged_and_plain_logp(model, examples, device), dim=1)
-        advantages.append(masked_mean(advised - plain, blamed).item())
-    print0("gate, shuffled judgments: A {:.3f} of blamed tokens, {:.3f} with the advice to another response"
-           .format(*advantages))
-    if not args.data:                                                       # the right answers are known
-        right = [e._replace(response=tokenizer.encode_response(e.record["reference"])) for e in bad]
-        logp = torch.stack([both.sum(1) for both in judged_and_plain_logp(model, right, device)])     # (b, 2)
-        print0("gate, teacher-student gap: p(right answer) {:.3f} with advice, {:.3f} without"
-               .format(*logp.exp().mean(0).tolist()))
-        print0("gate, planted errors: of blamed words {precision:.3f} are wrong, of wrong ones {recall:.3f} blamed"
-               .format(**detection(tokenizer, flagged, judged)))
+def print_gates(model, tokenizer, bad, flagged, args, device):
+    """Whether the model has something to teach itself: how likely a token of the right answer is after the advice, and
+    after the advice to another response, which must not do as well. Right answers are the records' references."""
+    known = [e.record for e in bad if isinstance(e.record.get("reference"), str)]
+    if not known:
+        print0("no gates: no bad response has a 'reference', the right answer")
+        return
+    for advice, others in (("advice", known), ("another response's advice", known[1:] + known[:1])):
+        right = [{**r, "output": r["reference"], "judgment": other["judgment"]} for r, other in zip(known, others)]
+        examples = encode(tokenizer, right, args.format, math.inf)
+        p = torch.cat(judged_and_plain_logp(model, examples, device), dim=1).exp().mean(1)
+        print0(f"gate: a token of the right answer has p {p[0]:.3f} after {advice}, {p[1]:.3f} without")
+    print0("gate: of the words made less likely {precision:.3f} are wrong; {recall:.3f} of the wrong words are"
+           .format(**detection(tokenizer, flagged, known)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,8 +262,7 @@ def collect_feedback(model, tokenizer, world, number, args):
 
 def load_feedback(model, tokenizer, world, number, args):
     """The judged responses of a round, kept in round-N.jsonl. Offline, the first model answers those of all rounds."""
-    rounds = range(number, args.rounds if args.offline else number + 1)
-    for n in rounds:
+    for n in range(number, args.rounds if args.offline else number + 1):
         path = Path(args.out, f"round-{n}.jsonl")
         if missing(path):
             judged = collect_feedback(model, tokenizer, world, n, args)
@@ -275,8 +271,8 @@ def load_feedback(model, tokenizer, world, number, args):
 
 
 def flag_tokens(model, tokenizer, examples, name, args, device):
-    """CUT's detector on bad responses, or what SDPO's teacher blames, with the model as it is now: {id: (tokens,) bool}
-    and {id: log p(y|x)}.
+    """CUT's detector on bad responses, or for SDPO what advice makes less likely, with the model as it is now:
+    {id: (tokens,) bool}, and log p(y|x), {id: (tokens,)}.
 
     Kept in flags-NAME.jsonl, with the texts for people, and because the model of a resumed run has moved on.
     """
@@ -306,9 +302,8 @@ def to_flag(examples, judged, tokenizer, args):
 
 
 def all_tokens(examples):
-    """Every token of the bad responses as flagged, for plain unlikelihood: {id: (tokens,) bool}."""
-    bad = [e for e in examples if e.judged_prompt]
-    return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in bad}
+    """Every token as flagged, for plain unlikelihood: {id: (tokens,) bool}."""
+    return {e.id: torch.ones(len(e.response), dtype=torch.bool) for e in examples}
 
 
 def missing(path):
@@ -416,15 +411,12 @@ def main(argv=None):
     model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
     prepare(model, args, device)
     optimizer = make_optimizer(model, zero=args.zero)
-    trained = StudentAndTeacher(model, optimizer, args.teacher_rate) if args.recipe == "sdpo" else model
-    wrapped, teacher = distribute(trained), getattr(trained, "weights", {})
     results = {}
     if test:
         results["sft"], sft_errors = measure(model, tokenizer, test, None, args)
         print0(HEADER + "\n" + row("SFT", results["sft"]))
-    run = start_run(model, optimizer, args, round=0, results=[], teacher=teacher)
-    copy_weights(teacher, run.state["teacher"], run.path)
-    run.state["teacher"] = teacher                              # not a copy: every save finds it as it is
+    run = start_run(model, optimizer, args, round=0, results=[])
+    wrapped = distribute(StudentAndTeacher(model, run, args.teacher_rate) if args.recipe == "sdpo" else model)
     if rank() == 0 and not args.resume:
         for kind in ("round", "flags"):
             for old in Path(args.out).glob(f"{kind}-*.jsonl"):  # of an earlier run
@@ -440,8 +432,8 @@ def main(argv=None):
         bad = to_flag(examples, judged, tokenizer, args)
         flagged_at_start, old_logp = flag_tokens(model, tokenizer, bad, number, args, device)
         flagged = {"live": [], "frozen": [flagged_at_start, old_logp], "all": [all_tokens(examples)]}[args.detect]
-        if args.recipe == "sdpo" and bad and not run.state["step"]:
-            print_gates(model, tokenizer, bad, flagged_at_start, judged, args, device)
+        if args.recipe == "sdpo" and not run.state["step"]:
+            print_gates(model, tokenizer, bad[:SHOWN], flagged_at_start, args, device)
         steps = args.steps or math.ceil(args.epochs * -(-len(examples) // args.batch_size))
         peak = args.lr * args.lr_decay ** number
 
@@ -477,11 +469,11 @@ def parse(argv):
     add_common_flags(p)
     add_execution_flags(p)
     # method
-    p.add_argument("--recipe", choices=RECIPES, default="cut", help="what to train on; all but cut are baselines")
+    p.add_argument("--recipe", choices=RECIPES, default="cut", help="method; all but cut and sdpo are baselines")
     p.add_argument("--detect", choices=("live", "frozen", "all"), default="live",
                    help="flag tokens with the model as it trains (the paper), as it was when the round began, or all")
     p.add_argument("--lam", type=in_range(float, 1e-6), default=1.1, help="lambda: flag where p(y|x,j) > lambda p(y|x)")
-    p.add_argument("--alpha", type=nonnegative_float, help="weight of unlikelihood")
+    p.add_argument("--alpha", type=nonnegative_float, help="weight of unlikelihood, or of SDPO's divergence")
     p.add_argument("--divergence", choices=("forward", "reverse", "jsd", "sampled"), default="reverse",
                    help="SDPO's loss: KL(teacher || student), KL(student || teacher), between them, of sampled tokens")
     p.add_argument("--teacher-rate", type=fraction, default=0.01,
@@ -506,7 +498,7 @@ def parse(argv):
     args.format = args.format.removesuffix(ADVICE)
     parts = [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]
     if args.recipe == "sdpo":
-        args.format, args.detect = args.format + ADVICE, "frozen"           # what the teacher blames is only logged
+        args.format, args.detect = args.format + ADVICE, "frozen"           # flags are only logged
     args.out = args.out or folder_name(args, "cut", *parts, "offline" if args.offline else "")
     if args.data and (args.offline or args.replay or args.recipe in ("corrected", "sft")):
         raise InputError("--offline, --replay and the recipes corrected and sft are for the built-in world: leave "

@@ -318,8 +318,7 @@ def parse(argv):
     if args.recipe != "demonstrations" and not args.data:
         raise InputError(f"--recipe {args.recipe} reads a file: give --data and --model")
     kind = args.recipe if args.data else args.judge
-    args.out = args.out or folder_name(
-        args, "sft", kind if kind != "demonstrations" else "", args.format.partition("-")[2])
+    args.out = args.out or folder_name(args, "sft", kind.removeprefix("demonstrations"), args.format.partition("-")[2])
     return args
 
 

@@ -5,6 +5,7 @@ CUT's judged prompt in the teacher's place."""
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ import data
 import train_cut
 import train_sft
 from conftest import Killed, assert_equal_runs, at_step, die, finish, metrics, torchrun
-from data import ADVICE, IGNORE, JUDGES, Tokenizer, World, collate, encode, format_prompt
+from data import ADVICE, JUDGES, Tokenizer, World, collate, encode, format_prompt, prompt_ids
 from evaluate import token_words
-from losses import detect, distillation_loss, per_example_mean, sdpo_step_loss, sdpo_token_loss, unlikelihood
+from losses import detect, full_vocabulary, per_example_mean, sdpo_step_loss, sdpo_token_loss, unlikelihood
 from model import LLaMA, add_lora, make_optimizer
 from test_train import first_step, online, small_world  # noqa: F401
 from train_cut import StudentAndTeacher
@@ -106,7 +107,7 @@ def test_vector_v2_normalization_and_importance_ratio():
 
     def step(old_logp):
         return sdpo_step_loss(torch.log_softmax(logits, -1), V2_TEACHER, V2_TARGETS, weight, None, old_logp,
-                              form="reverse", alpha=1.0)
+                              form="reverse", alpha=1.0)[0]
 
     close(step(old).mean(), .054646)
     ratio = torch.tensor([1, 2, .25], dtype=torch.float64)
@@ -185,7 +186,8 @@ def test_tiles_are_autograd_through_full_logits_in_float64(form, tile):
         else:
             def token_loss(*args):
                 return sdpo_step_loss(*args, form=form, alpha=0.3)
-            loss, logp = distillation_loss(h, w, a, w, targets, token_loss, (factor, factor, -old), tile)
+            loss, *logp = full_vocabulary(h, w, a, w, targets, token_loss, (factor, factor, -old), tile)
+            loss, logp = loss.sum(), torch.stack(logp)
         loss.backward()
         found.append((loss.detach(), logp.detach(), h.grad, w.grad))
         assert a.grad is None or not a.grad.any()
@@ -200,6 +202,10 @@ def small_model(base, dtype=torch.float64):
     return LLaMA.from_pretrained(base, dtype)
 
 
+def with_teacher(model, optimizer, rate):
+    return StudentAndTeacher(model, SimpleNamespace(optimizer=optimizer, state={}, path="resume.pt"), rate)
+
+
 def test_the_teacher_is_frozen_live_or_a_moving_average(base):
     """An update of the wrong direction or rate, a teacher that moves with its student's tensors, or is trained."""
     for rate, expected in ((0, 1.0), (1, 3.0), (0.05, 1.1)):
@@ -207,7 +213,7 @@ def test_the_teacher_is_frozen_live_or_a_moving_average(base):
         for p in model.parameters():
             torch.nn.init.ones_(p)
         optimizer = torch.optim.SGD(model.parameters(), 2.0)
-        both = StudentAndTeacher(model, optimizer, rate)
+        both = with_teacher(model, optimizer, rate)
         for p in model.parameters():
             p.grad = -torch.ones_like(p)
         optimizer.step()                                                    # 1 -> 3
@@ -221,7 +227,7 @@ def test_the_teacher_of_adapters_shares_the_frozen_weights(base):
     """A second copy of seven billion frozen weights, or adapters that are shared, so that no teacher stays behind."""
     model = small_model(base)
     add_lora(model, rank=2)
-    both = StudentAndTeacher(model, make_optimizer(model), 0.0)
+    both = with_teacher(model, make_optimizer(model), 0.0)
     same = {n for n, p in both.student.named_parameters() if p is dict(both.teacher.named_parameters())[n]}
     assert same == {n for n, p in model.named_parameters() if not p.requires_grad} and both.weights
     assert not same & set(both.weights)
@@ -233,6 +239,7 @@ def judged(tmp_path_factory):
     records = World(9).demonstrations(60, JUDGES["corrects"], "train")[1::2]
     bad = [r for r in records if r["judgment"] != "All of it is right."]
     good = [{**r, "id": f"good-{r['id']}", "judgment": None} for r in bad[20:33]]
+    bad[0]["reference"], bad[1]["reference"] = bad[0]["output"], 12         # a number is no right answer
     path = tmp_path_factory.mktemp("data") / "judged.json"
     path.write_text(json.dumps(good + bad[:20]))
     return path
@@ -280,17 +287,19 @@ def test_the_first_step_is_the_papers_loss(base, judged, arguments, form, micro)
     assert any(g.abs().max() > 1e-6 for g in expected.values())
 
 
-def test_good_responses_alone_are_plain_likelihood(arguments, judged, tmp_path):
-    """NaN of a step without a judgment, or praise turned into advice."""
+def test_good_responses_alone_are_plain_likelihood(arguments, judged, tmp_path, capsys):
+    """NaN of a step without a judgment, praise turned into advice, or a crash of gates without a right answer."""
     path = tmp_path / "good.json"
     path.write_text(json.dumps([r for r in data.read_json(judged) if r["judgment"] is None]))
     argv = arguments("out", "--data", path, "--batch-size", 13)
     expected = first_step(train_cut.main, [*argv, "--recipe", "expert", "--out", str(tmp_path / "expert")])
     torch.testing.assert_close(first_step(train_cut.main, argv), expected, rtol=0, atol=1e-12)
+    assert "no gates" in capsys.readouterr().out
 
 
-def test_a_good_response_adds_nothing_to_the_divergence(base, judged, arguments, tmp_path):
-    """Inactive rows that rescale the others: twice the batch, half of it good, is the mean of the two losses."""
+def test_the_loss_is_a_mean_over_good_and_bad_responses(base, judged, arguments, tmp_path):
+    """Advice for good responses, or a mean over tokens or micro-batches: twice the batch, half of it good, is the mean
+    of the two losses, as in CUT."""
     records = data.read_json(judged)
     parts = {"bad": records[13:26], "good": records[:13], "both": records[13:26] + records[:13]}
     losses_of = {}
@@ -312,9 +321,9 @@ def test_the_teacher_in_training(arguments, tmp_path):
     assert len(set(first)) == 1 and len(set(second)) == 3
     optimized = []
 
-    def follow(both, rate):
+    def follow(both, *_):
         before = {n: w.clone() for n, w in both.weights.items()}
-        original(both, rate)
+        original(both)
         for name, p in both.student.named_parameters():
             expected = 0.8 * before[name] + 0.2 * p
             torch.testing.assert_close(both.weights[name], expected, rtol=0, atol=1e-15)
@@ -332,11 +341,11 @@ def test_a_stopped_run_resumes_bitwise(arguments, tmp_path, capsys, more):
     """The teacher, or the log-probabilities of the round's beginning, made anew from the model that has moved on; gates
     printed for it; a second save with the teacher of the first."""
     train_cut.main(arguments("whole", *more))
-    assert capsys.readouterr().out.count("gate, shuffled") == 1
+    assert len(gates(capsys.readouterr().out)) == 3
     for killed_at, resume in ((5, []), (7, ["--resume"])):                  # saved after steps 4 and 6
         with at_step(killed_at, die), pytest.raises(Killed):
             train_cut.main(arguments("parts", "--save-every", 2, *resume, *more))
-    assert capsys.readouterr().out.count("gate, shuffled") == 1
+    assert len(gates(capsys.readouterr().out)) == 3
     assert train_cut.main(arguments("parts", "--save-every", 2, "--resume", *more)) == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
@@ -411,41 +420,60 @@ def test_what_the_teacher_blames_is_what_it_lowers(base, judged, arguments, tmp_
 
 
 def gates(printed):
-    """The numbers of the gates: {gate: [values]}."""
-    lines = re.findall(r"gate, ([\w -]+): (.*)", printed)
-    return {name: [float(x) for x in re.findall(r"-?\d+\.\d+", line)] for name, line in lines}
+    """The two numbers of each gate, in the order of printing."""
+    return [[float(x) for x in re.findall(r" (nan|\d\.\d+)", line)] for line in re.findall(r"gate: .*", printed)]
 
 
 def test_gates_of_a_model_that_cannot_read(base, tmp_path, small_world, capsys):  # noqa: F811
-    """Gates that are not printed, printed once only, or passed by a model of random weights."""
-    train_cut.main(online(base, tmp_path, "--recipe", "sdpo", "--samples", 40))
-    printed = capsys.readouterr().out
-    assert printed.count("gate, planted errors") == 2
-    found = gates(printed)
-    advised, plain = found["teacher-student gap"]
-    assert advised < 1e-3 and plain < 1e-3
+    """Gates that are not printed, printed once only, passed by a model of random weights (the mean over the tokens that
+    the advice has made less likely always is less with this advice than with another), or NaN where nothing is blamed.
+    """
+    train_cut.main(online(base, tmp_path, "--recipe", "sdpo", "--samples", 40, "--lam", 1e9))
+    (advised, plain), (shuffled, again), *_ = found = gates(capsys.readouterr().out)
+    assert len(found) == 6 and found[2] == [0, 0]
+    assert plain == again and advised == pytest.approx(plain, abs=0.002) == shuffled
+
+
+def test_gates_read_right_answers_after_their_advice_and_anothers(base, monkeypatch, capsys):
+    """Responses in place of right answers, or a shuffle that leaves a judgment at its response."""
+    asked, tokenizer, prompt_format = [], Tokenizer.from_pretrained(base), "short" + ADVICE
+
+    def logp(model, examples, device):
+        asked.append(examples)
+        return [torch.tensor([[0.5], [0.25]]).log().expand(2, len(e.response)) for e in examples]
+
+    monkeypatch.setattr(train_cut, "judged_and_plain_logp", logp)
+    records = [{"id": i, "instruction": f"Say {i}.", "output": "The frog.", "judgment": f"It says {i}.",
+                "reference": f"The {i}."} for i in range(3)]
+    bad = encode(tokenizer, records, prompt_format, 256)
+    flagged = {e.id: torch.zeros(len(e.response), dtype=torch.bool) for e in bad}
+    train_cut.print_gates(None, tokenizer, bad, flagged, SimpleNamespace(format=prompt_format), "cpu")
+    assert gates(capsys.readouterr().out) == [[0.5, 0.25], [0.5, 0.25], [0, 0]]
+    for i, (e, own, other) in enumerate(zip(bad, *asked)):
+        right = tokenizer.encode_response(f"The {i}.")
+        assert own == e._replace(response=right, record=own.record) and other.prompt == e.prompt
+        anothers = prompt_ids(tokenizer, e.record, prompt_format, f"It says {(i + 1) % 3}.")
+        assert other.judged_prompt == anothers and other.response == right
 
 
 @pytest.mark.slow
 def test_gates_of_a_model_that_reads_advice_and_of_one_that_reads_judgments(tmp_path, monkeypatch, capsys):
-    """The sign rule on planted errors, after 600 steps of SFT: blame under the advice prompt falls on wrong words, and
-    goes where judgments are shuffled. The model that has learned CUT's prompt, asked with that prompt, raises them."""
+    """The sign rule on planted errors, after 600 steps of SFT: advice lowers wrong words and raises right answers, and
+    another response's advice does not. The model that has learned CUT's prompt, asked with that prompt, raises them."""
     monkeypatch.chdir(tmp_path)
     directory = train_sft_on("short-advice", tmp_path)
     train_cut.main(["--recipe", "sdpo", "--model", directory, "--rounds", "1", "--steps", "1", "--samples", "300",
                     "--lr", "0", "--split", "validation", "--device", "cpu"])
-    found = gates(capsys.readouterr().out)
-    precision, recall = found["planted errors"]
-    blamed, shuffled = found["shuffled judgments"]
-    advised, plain = found["teacher-student gap"]
-    print(found)
-    assert precision > 0.6 and blamed < shuffled - 0.3 and advised > 2 * plain
+    (advised, plain), (shuffled, _), (precision, _) = gates(capsys.readouterr().out)
+    assert precision > 0.6 and advised > plain + 0.02 and advised > shuffled + 0.05
     lines = data.read_json(tmp_path / "out" / "cut-0-sdpo" / "flags-0.jsonl")
 
     monkeypatch.setattr(train_cut, "ADVICE", "")                # SDPO with CUT's prompt: the wrong template
     other = train_sft_on("short", tmp_path)
     train_cut.main(["--recipe", "sdpo", "--model", other, "--rounds", "1", "--steps", "1", "--samples", "300", "--lr",
                     "0", "--split", "validation", "--device", "cpu", "--out", "wrong"])
+    (advised, plain), *_ = gates(capsys.readouterr().out)
+    assert advised < plain
     wrong = data.read_json(tmp_path / "wrong" / "flags-0.jsonl")
     assert advantage_of_wrong_words(lines) < -0.3 and advantage_of_wrong_words(wrong) > 0.3
 
