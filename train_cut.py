@@ -407,7 +407,8 @@ def main(argv=None):
     # --- memory estimate, model and optimizer
     rows = min(args.micro_batch_size, args.batch_size // world_size())
     config, _ = read_config(args.model, quiet=True)
-    estimate_memory(config, largest_micro_batch(examples, rows, args.max_length), args, device)
+    copies = 2 if args.recipe == "sdpo" else 1                  # SDPO's teacher is one
+    estimate_memory(config, largest_micro_batch(examples, rows, args.max_length), args, device, copies)
     model = LLaMA.from_pretrained(args.model, DTYPES[args.dtype], device)
     prepare(model, args, device)
     optimizer = make_optimizer(model, zero=args.zero)

@@ -205,13 +205,17 @@ def lora_modules(args):
     return MLP_MODULES + (ATTENTION_MODULES if args.lora_attention else ())
 
 
-def estimate_memory(config, tokens, args, device):
-    """Prints the memory estimate of a step with `tokens` tokens in one micro-batch; InputError if it cannot fit."""
+def estimate_memory(config, tokens, args, device, copies=1):
+    """Prints the memory estimate of a step with `tokens` tokens in one micro-batch; InputError if it cannot fit.
+    copies: of the weights that are trained."""
     model = on_meta(LLaMA, config).to(DTYPES[args.dtype])
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha, lora_modules(args))
     ranks = world_size() if args.zero else 1
-    check_memory(memory_estimate(model, tokens, args.checkpoint_activations, args.autocast, ranks), device)
+    estimate = memory_estimate(model, tokens, args.checkpoint_activations, args.autocast, ranks)
+    if not args.lora_rank:
+        estimate["weights"] *= copies
+    check_memory(estimate, device)
 
 
 def prepare(model, args, device):

@@ -336,6 +336,16 @@ def test_the_teacher_in_training(arguments, tmp_path):
     assert len(optimized) == 8 and metrics(tmp_path / "again") == runs[0.2]
 
 
+@pytest.mark.parametrize("rank, copies", [(0, 2), (4, 1)])
+def test_the_memory_estimate_counts_the_teacher(arguments, monkeypatch, rank, copies):
+    """A teacher of all weights that the estimate does not know, or one of adapters counted as a second model."""
+    seen = {}
+    monkeypatch.setattr(train_sft, "check_memory", lambda estimate, device: seen.setdefault(recipe, estimate["weights"]))
+    for recipe in ("cut", "sdpo"):
+        train_cut.main(arguments(recipe, "--recipe", recipe, "--lora-rank", rank, "--steps", 1))
+    assert seen["sdpo"] == copies * seen["cut"]
+
+
 @pytest.mark.parametrize("more", [[], ["--lora-rank", 4]])
 def test_a_stopped_run_resumes_bitwise(arguments, tmp_path, capsys, more):
     """The teacher, or the log-probabilities of the round's beginning, made anew from the model that has moved on; gates
