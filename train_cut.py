@@ -22,7 +22,7 @@ token that the judgment makes likelier is blamed by CUT and praised by SDPO. Bef
 the advice make right answers likelier, and does another response's advice not?
 
 Replay: in the built-in world each step also repeats 32 judged SFT examples, (x, j) -> y, so that the model does not
-unlearn to read judgments.
+unlearn to read judgments. SDPO has none: there y is a demonstration, and demonstrations are careless.
 
 metrics.jsonl in the run folder has a line for each step:
   loss             mean over the step's examples (of a bad response L1 + L2), plus the mean over the replay, nats. Near
@@ -495,6 +495,8 @@ def parse(argv):
     p.add_argument("--lr-decay", type=nonnegative_float, default=0.6, help="factor on the peak rate a round")
     p.add_argument("--warmup", type=fraction, default=0.1, help="fraction of a round; then cosine")
     args = p.parse_args(argv)
+    if args.recipe == "sdpo":
+        args.replay = args.replay or 0                          # it would repeat careless demonstrations
     fill_defaults(args, DEFAULTS)
     args.format = args.format.removesuffix(ADVICE)
     parts = [part for part in (args.recipe, args.detect, args.judge) if part not in ("cut", "live", "corrects")]

@@ -9,7 +9,8 @@ The last one chose the weight alpha of each divergence, by the mean gap closed o
 Both methods start from an SFT model of the same size, steps and demonstrations. Half of its examples teach it to read:
 for CUT (x, judgment) -> the response that is judged, for SDPO (x, judgment as advice) -> the demonstration that it was
 compared with. Neither is told the truth, but the two SFT models differ, so each row begins with its own. Then each has
-3 rounds of 94 updates, with the same instructions, batch size and replay.
+3 rounds of 94 updates, with the same instructions and batch size. CUT also replays judged SFT examples; SDPO does not,
+because its own end in careless demonstrations (with --replay 32 it does worse, on the validation split).
 
 Runs are kept in out/bench_sdpo as bench_methods.py keeps its own: started again, this script goes on from there. A run
 takes a minute alone on a core, its SFT model two.

@@ -403,6 +403,12 @@ def test_each_method_takes_its_own_prompt(base, tmp_path):
     assert train_sft.parse([]).out == "out/sft-0-corrects"
 
 
+def test_replay_is_cuts():
+    """Careless demonstrations that SDPO repeats at every step, or a flag that it ignores."""
+    for more, replay in (([], 32), (["--recipe", "sdpo"], 0), (["--recipe", "sdpo", "--replay", "4"], 4)):
+        assert train_cut.parse(more).replay == replay
+
+
 def test_demonstrations_of_advice_leak_nothing():
     """The truth in place of a demonstration, or a copy's judgment beside another demonstration; other random numbers,
     and with them another world for CUT."""
