@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TRAIN = ["train_sft.py", "train_cut.py", "train_ppo.py"]
-BENCHES = ["tests/bench_methods.py"]
+BENCHES = ["tests/bench_methods.py", "tests/bench_rlp.py", "tests/bench_sdpo.py", "tests/bench_tree.py"]
 SCRIPTS = [*TRAIN, "simulate.py", "evaluate.py", "data.py"]
 RUNTIME = ["model.py", "losses.py", *SCRIPTS]
 PACKAGES = {"torch", "sentencepiece", "numpy", "tqdm", "requests"}

@@ -340,7 +340,7 @@ def test_the_teacher_in_training(arguments, tmp_path):
 def test_the_memory_estimate_counts_the_teacher(arguments, monkeypatch, rank, copies):
     """A teacher of all weights that the estimate does not know, or one of adapters counted as a second model."""
     seen = {}
-    monkeypatch.setattr(train_sft, "check_memory", lambda estimate, device: seen.setdefault(recipe, estimate["weights"]))
+    monkeypatch.setattr(train_sft, "check_memory", lambda estimate, _: seen.setdefault(recipe, estimate["weights"]))
     for recipe in ("cut", "sdpo"):
         train_cut.main(arguments(recipe, "--recipe", recipe, "--lora-rank", rank, "--steps", 1))
     assert seen["sdpo"] == copies * seen["cut"]
