@@ -8,6 +8,7 @@ Four verbs read and write JSON files:
                               '--prefer --against baseline--> win rate
 
   python simulate.py --model out/cut-0 --prompt "Say what color the frog has."      one prompt (default verb: sample)
+  python simulate.py --tree 4 4 --prompt "Say what color the frog has."             TreeBoN in the built-in world
   python simulate.py sample --model out/sft-0-corrects --data ask.jsonl --outputs 4 --temperature 1 --out four.jsonl
   python simulate.py prefer --data four.jsonl --by simulated --noise 0.25 --out preferences.jsonl
   python simulate.py judge --by api --api http://localhost:8000/v1 --api-model NAME --data outputs.jsonl --out j.jsonl
