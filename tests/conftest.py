@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Sums depend on the number of threads.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a job in the background is started without it
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
