@@ -159,7 +159,7 @@ def judged_batch(part, flagged, args, device):
     judged = collate([(e.judged_prompt, e.response) for e, _ in part], device)
     plain = collate([(e.prompt, e.response) for e, _ in part], device)
     per_token = [token_weights(part, args, device)]
-    for column in flagged or []:
+    for column in flagged:
         per_token.append(torch.cat([column[e.id] for e, _ in part]).to(device))
     token_loss = functools.partial(cut_step_loss, lam=args.lam, alpha=args.alpha, gamma=args.gamma)
     if args.recipe == "sdpo":

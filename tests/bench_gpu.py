@@ -102,7 +102,7 @@ def timed_step(backward, model, optimizer, batch, cut_args, device):
     start = time.perf_counter()
     weighted = [(example, 1 / len(batch)) for example in batch]
     for part in chunks(weighted, cut_args.micro_batch_size):
-        backward(model, train_cut.judged_batch(part, None, cut_args, device))
+        backward(model, train_cut.judged_batch(part, [], cut_args, device))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -39,10 +39,10 @@ METHODS = {
 
 
 def grid():
-    """What is tried on the world seeds for tuning: weights, for each divergence and teacher."""
-    rows = {"CUT": METHODS["CUT"]}
+    """What is tried on the world seeds for tuning: weights, for each divergence and teacher, and CUT's replay."""
+    rows = {"CUT": METHODS["CUT"], "SDPO, reverse KL, EMA, replay 32": SDPO + " --replay 32"}
     for name, command in list(METHODS.items())[1:]:
-        for alpha in (0.125, 0.5, 2.0, 8.0):
+        for alpha in (0.125, 0.5, 2.0):
             rows[f"{name}, alpha {alpha}"] = f"{command} --alpha {alpha}"
     return rows
 

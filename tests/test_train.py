@@ -637,7 +637,7 @@ def test_the_largest_micro_batch_is_that_of_the_data(job, base):
     records, args = data.read_judged(job("cut", "")[3]), train_cut.parse([])
     for e in data.encode(data.Tokenizer.from_pretrained(base), records, "short", 256):
         batch, rows = (train_cut.judged_batch, 3) if e.judged_prompt else (train_cut.good_batch, 6)
-        tokens = batch([(e, 1.0)] * rows, *[None] * bool(e.judged_prompt), args, "cpu")[0]
+        tokens = batch([(e, 1.0)] * rows, *[[]] * bool(e.judged_prompt), args, "cpu")[0]
         size = sum(t.numel() for t in tokens)
         assert size <= train_cut.largest_micro_batch([e], 3, 256) <= size + 6
 
