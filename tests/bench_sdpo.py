@@ -4,8 +4,8 @@
   python tests/bench_sdpo.py --judge points --seeds 3 4 5
   python tests/bench_sdpo.py --judge corrects --seeds 100 101 --split validation --tune --only EMA    (and points)
 
-The last one chose the weight alpha of each divergence, by the mean gap closed over both judges; where that does not
-differ by a standard error, CUT's 0.5 or what is nearest.
+The last one chose the weight alpha of each divergence, by the mean gap closed over both judges; among those that do not
+differ by a standard error, 0.5 of both KLs is CUT's. It also shows what CUT's replay does to SDPO.
 
 Both methods start from an SFT model of the same size, steps and demonstrations. Half of its examples teach it to read:
 for CUT (x, judgment) -> the response that is judged, for SDPO (x, judgment as advice) -> the demonstration that it was
